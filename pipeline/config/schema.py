@@ -1,0 +1,291 @@
+"""The shape of a run's YAML file. Single fields are checked here, pairs in `RunConfig`; files and models are not touched.
+
+The string under a field is its documentation: `masklock schema` hands it to editors.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Rate = Annotated[float, Field(ge=0.0, le=1.0)]
+PositiveInt = Annotated[int, Field(gt=0)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0.0)]
+Task = Literal["text-classification", "text-generation"]
+Variant = Literal["element", "channel", "token", "attention"]
+
+
+class Section(BaseModel):
+    """Base of every section: immutable, unknown keys refused."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, protected_namespaces=(), use_attribute_docstrings=True
+    )
+
+
+class ModelConfig(Section):
+    """Which model, for which task."""
+
+    task: Task
+    """Hugging Face pipeline task name."""
+    model_name_or_path: str | None = None
+    """Hub name, local folder, or `package:NAME/FOLDER` for weights that an installed Python package carries."""
+    model_type: str | None = None
+    """Architecture to train from scratch (`llama`, `gpt2`, ...), instead of `model_name_or_path`."""
+    config_overrides: dict[str, Any] = {}
+    """Fields of the model's own configuration to set, such as `{num_hidden_layers: 4}`."""
+    model_revision: str = "main"
+    """Branch, tag or commit on the hub."""
+    weights_sha256: str | None = None
+    """If given, the sha256 that `model.safetensors` must have; checked before it is loaded."""
+    tokenizer_name_or_path: str | None = None
+    """Defaults to the model's. Without either, a byte-level BPE is trained on the training text."""
+    tokenizer_vocab_size: PositiveInt = 4096
+    """Vocabulary size of a tokenizer trained here."""
+    trust_remote_code: bool = False
+    """Run code from the hub repository. Leave off unless you have read it."""
+    attn_implementation: str | None = None
+    """`eager`, `sdpa`, `flash_attention_2`, ...; by default eager where attention dropout is live, else the model's own."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Data type the weights are loaded in."""
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> "ModelConfig":
+        if (self.model_name_or_path is None) == (self.model_type is None):
+            raise ValueError(
+                "give exactly one of model_name_or_path (pretrained) and model_type (from scratch)"
+            )
+        return self
+
+
+class DataSource(Section):
+    """One data set: what `datasets.load_dataset` takes, or `builtin:NAME`."""
+
+    path: str
+    """Hub data set, `parquet` / `json` / `csv` / `text` with data_files, a saved folder, or `builtin:python-stdlib`."""
+    name: str | None = None
+    """Configuration of the data set."""
+    data_files: str | list[str] | dict[str, str | list[str]] | None = None
+    """Files, or files by split."""
+    data_dir: str | None = None
+    """Folder that the data set script or loader reads."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    split: str | None = None
+    """Split to read, where one is read (OOD sets); default: the only one, or `test`."""
+    text_column_name: str = "text"
+    """Column with the text."""
+    label_column_name: str = "label"
+    """Column with the label (classification)."""
+
+
+class DataConfig(DataSource):
+    """Training, validation and test rows, and named out-of-distribution sets."""
+
+    train_split: str = "train"
+    """Split to train on."""
+    validation_split: str = "validation"
+    """Split for evaluation during training and for fitting the temperature."""
+    test_split: str = "test"
+    """Split that the evaluation stage reports on."""
+    max_length: PositiveInt = 512
+    """Longest sequence in tokens; longer text is cut (classification), and the block size of text-generation."""
+    max_train_samples: PositiveInt | None = None
+    """Use only this many training rows, chosen by key."""
+    max_eval_samples: PositiveInt | None = None
+    """Use only this many rows of each evaluation split, chosen by key."""
+    ood: dict[str, DataSource] = {}
+    """Named out-of-distribution sets, for the evaluation stage."""
+
+
+class TrainConfig(Section):
+    """The Trainer's own names, and `global_batch_size`, from which accumulation follows."""
+
+    global_batch_size: PositiveInt = 32
+    """Samples per optimizer step, over all processes and micro-batches."""
+    per_device_train_batch_size: PositiveInt | None = None
+    """Micro-batch of one process; default: the global batch divided by the processes."""
+    per_device_eval_batch_size: PositiveInt = 32
+    """Evaluation batch of one process."""
+    num_train_epochs: Annotated[float, Field(gt=0)] = 3.0
+    """Passes over the training rows; ignored when max_steps is given."""
+    max_steps: PositiveInt | None = None
+    """Optimizer steps."""
+    learning_rate: NonNegativeFloat = 5e-5
+    """Peak learning rate."""
+    lr_scheduler_type: str = "linear"
+    """A transformers scheduler name."""
+    lr_scheduler_kwargs: dict[str, Any] = {}
+    """Arguments of the scheduler."""
+    warmup_steps: NonNegativeFloat = 0
+    """Warm-up in steps, or as a share of all steps when below 1."""
+    optim: str = "adamw_torch"
+    """A transformers optimizer name."""
+    weight_decay: NonNegativeFloat = 0.0
+    """Decoupled weight decay (biases and norms excepted)."""
+    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    adam_epsilon: Annotated[float, Field(gt=0)] = 1e-8
+    max_grad_norm: NonNegativeFloat = 1.0
+    """Gradient clipping; 0 switches it off."""
+    label_smoothing_factor: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Label smoothing of the training loss."""
+    bf16: bool = False
+    """Mixed precision in bfloat16."""
+    fp16: bool = False
+    """Mixed precision in float16 (CUDA)."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in backward; masks stay the same."""
+    use_cpu: bool | None = None
+    """Default: true where there is no accelerator."""
+    dataloader_num_workers: NonNegativeInt = 0
+    """Worker processes for loading."""
+    logging_steps: PositiveInt = 10
+    """Log every so many steps."""
+    eval_steps: PositiveInt | None = None
+    """Evaluate every so many steps; default: only at the end."""
+    save_steps: PositiveInt | None = None
+    """Save a checkpoint every so many steps; default: only at the end."""
+    save_total_limit: PositiveInt = 2
+    """Checkpoints kept (the best one is always kept too)."""
+    load_best_model_at_end: bool = False
+    """Keep the weights of the best evaluation; needs eval_steps."""
+    metric_for_best_model: str = "loss"
+    """A metric of evaluation during training: `loss`, `accuracy`, `ece`, `perplexity`."""
+    greater_is_better: bool | None = None
+    """Default: true for accuracy and f1, false otherwise."""
+    early_stopping_patience: PositiveInt | None = None
+    """Stop after so many evaluations without improvement; needs eval_steps."""
+    early_stopping_threshold: NonNegativeFloat = 0.0
+    """Smallest change that counts as an improvement."""
+    disable_tqdm: bool = False
+    """No progress bar."""
+    extra: dict[str, Any] = {}
+    """Any other `TrainingArguments` field, checked against the installed class."""
+
+    @model_validator(mode="after")
+    def _evaluation_pairs(self) -> "TrainConfig":
+        problems = []
+        if self.load_best_model_at_end and self.eval_steps is None:
+            problems.append("load_best_model_at_end needs eval_steps")
+        if self.early_stopping_patience is not None and self.eval_steps is None:
+            problems.append("early_stopping_patience needs eval_steps")
+        if self.bf16 and self.fp16:
+            problems.append("bf16 and fp16 exclude each other")
+        micro = self.per_device_train_batch_size
+        if micro is not None and self.global_batch_size % micro:
+            problems.append(
+                f"global_batch_size {self.global_batch_size} is not a multiple of "
+                f"per_device_train_batch_size {micro}"
+            )
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+
+class PeftConfig(BaseModel):
+    """Any PEFT configuration: `peft_type` and the fields of its class, checked against the installed peft."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, use_attribute_docstrings=True)
+
+    peft_type: str = "LORA"
+    """LORA, IA3, ADALORA, PROMPT_TUNING, ..."""
+
+
+class InsertConfig(Section):
+    """Dropout sites for models that have none there (Llama, Qwen, Gemma, Mistral)."""
+
+    embedding: Rate | None = None
+    """After the token embedding."""
+    hidden: Rate | None = None
+    """On the output of every attention and MLP block, before the residual sum."""
+
+
+class DropoutConfig(Section):
+    """Rates by role. A role left out keeps the model's own rate; 0 switches it off."""
+
+    embedding: Rate | None = None
+    attention: Rate | None = None
+    """On attention probabilities; needs `attn_implementation: eager`, chosen by itself."""
+    hidden: Rate | None = None
+    """On the outputs of attention and feed-forward blocks."""
+    activation: Rate | None = None
+    """Inside feed-forward blocks."""
+    head: Rate | None = None
+    """Before the classifier."""
+    adapter: Rate | None = None
+    """Inside adapters (`lora_dropout`)."""
+    insert: InsertConfig = InsertConfig()
+    """Sites added to models that lack them."""
+    overrides: dict[str, Rate] = {}
+    """Rates by `site` or `site#call` pattern (`*` matches), such as `{"*.layer.11.*": 0.2}`; the last match wins."""
+    variants: dict[str, Variant] = {}
+    """What a role drops: `element` (default), `channel` or `token`, such as `{hidden: token}`."""
+    strict: bool = True
+    """Randomness outside the plan is an error; false: a warning."""
+
+    def rates(self) -> dict[str, float]:
+        """The rates given, by role."""
+        roles = ("embedding", "attention", "hidden", "activation", "head", "adapter")
+        given = {role: getattr(self, role) for role in roles}
+        return {role: rate for role, rate in given.items() if rate is not None}
+
+
+class EvaluationConfig(Section):
+    """The evaluation stage: Monte-Carlo passes, calibration, out-of-distribution scores."""
+
+    num_mc_passes: Annotated[int, Field(ge=2)] = 20
+    """Monte-Carlo dropout passes T."""
+    batch_size: PositiveInt = 32
+    """Rows a forward pass; the numbers do not depend on it."""
+    num_bins: PositiveInt = 15
+    """Bins of the calibration error."""
+    knn_neighbours: PositiveInt = 10
+    """k of the k-nearest-neighbour OOD score."""
+    num_bootstrap_resamples: PositiveInt = 1000
+    """Resamples behind each interval."""
+    confidence_level: Annotated[float, Field(gt=0, lt=1)] = 0.95
+    """Level of each interval."""
+    max_fit_samples: PositiveInt = 5000
+    """Training rows, chosen by key, whose features fit Mahalanobis and kNN."""
+
+
+class WandbConfig(Section):
+    """Weights & Biases; nothing leaves the machine unless mode is online."""
+
+    mode: Literal["offline", "online", "disabled"] = "offline"
+    project: str = "masklock"
+    entity: str | None = None
+    tags: list[str] = []
+
+
+class RunConfig(Section):
+    """One run: serves every stage from training to the report."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    """Name of the run; its folder is `output_dir/name`."""
+    output_dir: str = "runs"
+    """Where run folders are made."""
+    seed: Annotated[int, Field(ge=0, le=2**64 - 1)] = 42
+    """The one seed: masks, order, initial weights of new layers."""
+    model: ModelConfig
+    data: DataConfig
+    train: TrainConfig = TrainConfig()
+    dropout: DropoutConfig = DropoutConfig()
+    peft: PeftConfig | None = None
+    """Parameter-efficient fine-tuning; without it all weights are trained."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    wandb: WandbConfig = WandbConfig()
+
+    @model_validator(mode="after")
+    def _pairs(self) -> "RunConfig":
+        problems = []
+        if self.peft is not None and self.model.model_type is not None:
+            problems.append(
+                "peft adapts pretrained weights: with model.model_type (from scratch) leave peft out"
+            )
+        if self.dropout.adapter is not None and self.peft is None:
+            problems.append("dropout.adapter needs a peft section")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self

@@ -1,0 +1,71 @@
+"""Errors a user can act on. Each message says what was asked, what was found and what to do.
+
+    MasklockError
+    ├── InputError              exit 2: nothing was written
+    │   ├── ConfigError         the YAML or an override (all problems at once)
+    │   ├── DataError           rows, columns, labels
+    │   ├── ModelError          model, tokenizer, adapter
+    │   ├── DropoutError        a rate or a site that cannot be in force
+    │   └── RunFolderError      the run folder holds something else
+    ├── LayoutError             exit 2: processes or engine are not the ones asked for
+    ├── LeakError               exit 1: randomness was drawn outside the plan
+    └── NonFiniteLossError      exit 1: stopped before the update
+"""
+
+
+class MasklockError(Exception):
+    """Base of every error that the command line shows without a traceback."""
+
+    exit_code = 1
+
+
+class InputError(MasklockError):
+    """What the user gave cannot be used; nothing was written."""
+
+    exit_code = 2
+
+
+class ConfigError(InputError):
+    """One or more problems of a configuration, all listed, each with its place.
+
+    Args:
+        problems: one full sentence each, beginning with the dotted place (`train.max_steps: ...`).
+        source: the file, or what else the configuration came from.
+    """
+
+    def __init__(self, problems: list[str], source: str = "configuration") -> None:
+        self.problems = list(problems)
+        self.source = source
+        lines = "\n".join(f"  - {problem}" for problem in self.problems)
+        count = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
+        super().__init__(f"{source}: {count}\n{lines}")
+
+
+class DataError(InputError):
+    """Rows, columns or labels are not what the configuration says."""
+
+
+class ModelError(InputError):
+    """The model, its tokenizer or its adapter cannot be loaded or used as asked."""
+
+
+class DropoutError(InputError):
+    """A dropout rate that no site would obey, or a site that cannot be keyed."""
+
+
+class RunFolderError(InputError):
+    """The run folder is missing something, or belongs to another configuration."""
+
+
+class LayoutError(MasklockError):
+    """World size or engine asked for are not the ones running."""
+
+    exit_code = 2
+
+
+class LeakError(MasklockError):
+    """A forward pass drew randomness that no planned site accounts for."""
+
+
+class NonFiniteLossError(MasklockError):
+    """The loss became NaN or infinite; the update was not applied."""
