@@ -1,0 +1,1 @@
+"""Judges scored rows and shows a run: no training code, no torch."""
