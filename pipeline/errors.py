@@ -9,7 +9,8 @@
     │   └── RunFolderError      the run folder holds something else
     ├── LayoutError             exit 2: processes or engine are not the ones asked for
     ├── LeakError               exit 1: randomness was drawn outside the plan
-    └── NonFiniteLossError      exit 1: stopped before the update
+    ├── NonFiniteLossError      exit 1: stopped before the update
+    └── CheckpointError         exit 1: a checkpoint could not be written
 """
 
 
@@ -69,3 +70,7 @@ class LeakError(MasklockError):
 
 class NonFiniteLossError(MasklockError):
     """The loss became NaN or infinite; the update was not applied."""
+
+
+class CheckpointError(MasklockError):
+    """A checkpoint could not be written; the one before it is intact."""

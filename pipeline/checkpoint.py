@@ -1,0 +1,162 @@
+"""Checkpoints that exist once their manifest does: committing, verifying, finding and rotating them.
+
+A save cut off at any byte leaves a folder without a manifest that fits: it is passed over, by name.
+"""
+
+import errno
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import CheckpointError, RunFolderError
+from pipeline.records import sha256_of_file, write_json
+
+MANIFEST = "manifest.json"
+SCHEMA = "masklock-checkpoint-v1"
+# What torch.save and safetensors say instead of an OSError when the disk is full.
+_FULL_DISK_PHRASES = ("no space left", "os error 28", "pytorchstreamwriter", "disk quota")
+
+
+def commit(checkpoint: Path, facts: dict[str, Any]) -> None:
+    """Flush every file of the folder and write the manifest: from here on the checkpoint exists."""
+    files = {}
+    for path in _files(checkpoint):
+        _flush(path)
+        entry = {"size": path.stat().st_size, "sha256": sha256_of_file(path)}
+        files[path.relative_to(checkpoint).as_posix()] = entry
+    _flush(checkpoint)
+    write_json(checkpoint / MANIFEST, {"schema": SCHEMA, **facts, "files": files})
+    _flush(checkpoint.parent)
+
+
+def read_manifest(checkpoint: Path) -> dict[str, Any]:
+    """The manifest's content; an empty dict when it is missing or unreadable."""
+    try:
+        manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return manifest if isinstance(manifest, dict) else {}
+
+
+def verify(checkpoint: Path) -> list[str]:
+    """What is wrong with a checkpoint, one sentence each; an empty list when it is whole."""
+    if not (checkpoint / MANIFEST).is_file():
+        return [f"it has no {MANIFEST}, so its save was cut off"]
+    manifest = read_manifest(checkpoint)
+    if manifest.get("schema") != SCHEMA or not isinstance(manifest.get("files"), dict):
+        return [f"its {MANIFEST} is not one that this version writes"]
+    problems = (
+        _problem(checkpoint / name, name, entry) for name, entry in manifest["files"].items()
+    )
+    return [problem for problem in problems if problem is not None]
+
+
+def newest_whole(run: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that verifies, and a message for each newer one that does not."""
+    passed_over = []
+    for checkpoint in reversed(list_checkpoints(run)):
+        problems = verify(checkpoint)
+        if not problems:
+            return checkpoint, passed_over
+        passed_over.append(f"{checkpoint.name} is passed over: {'; '.join(problems)}")
+    return None, passed_over
+
+
+def list_checkpoints(run: Path) -> list[Path]:
+    """All checkpoint folders of a run, torn ones too, by step."""
+    if not run.is_dir():
+        return []
+    found = [path for path in run.iterdir() if step_of(path) is not None and path.is_dir()]
+    return sorted(found, key=lambda path: step_of(path) or 0)
+
+
+def step_of(checkpoint: Path) -> int | None:
+    """The step in the folder's name; None when it is not a checkpoint's."""
+    match = re.fullmatch(r"checkpoint-(\d+)", checkpoint.name)
+    return int(match[1]) if match else None
+
+
+def rotate(run: Path, keep: int, best: Path | None) -> list[Path]:
+    """Delete all but the newest `keep` committed checkpoints and the best one; say which went."""
+    checkpoints = list_checkpoints(run)
+    committed = [path for path in checkpoints if (path / MANIFEST).is_file()]
+    kept = {*committed[-keep:], *([best] if best else [])}
+    gone = [path for path in checkpoints if path not in kept]
+    for path in gone:
+        remove(path)
+    return gone
+
+
+def remove(checkpoint: Path) -> None:
+    """Delete a checkpoint, its manifest first: one that is half deleted does not exist."""
+    if checkpoint.is_dir():
+        (checkpoint / MANIFEST).unlink(missing_ok=True)
+        shutil.rmtree(checkpoint)
+
+
+def require_space(folder: Path, needed_bytes: int, what: str) -> None:
+    """Refuse to start a run whose first checkpoint would not fit on the disk."""
+    free = free_bytes(folder)
+    if free < needed_bytes:
+        raise RunFolderError(
+            f"{what} needs about {_megabytes(needed_bytes)} in {folder}, but only "
+            f"{_megabytes(free)} are free. Free some space, or choose another output_dir."
+        )
+
+
+def free_bytes(folder: Path) -> int:
+    """Free bytes where this folder is, or would be."""
+    folder = folder.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def save_error(checkpoint: Path, error: BaseException) -> CheckpointError | None:
+    """The error of a full disk in words that help; None when it is about something else."""
+    code = getattr(error, "errno", None)
+    text = str(error).lower()
+    is_full = code in (errno.ENOSPC, errno.EDQUOT)
+    if not is_full and not any(phrase in text for phrase in _FULL_DISK_PHRASES):
+        return None
+    older, _ = newest_whole(checkpoint.parent)
+    stands = f"{older.name} is whole" if older else "There is no older checkpoint"
+    return CheckpointError(
+        f"No space left on the disk while saving {checkpoint} "
+        f"({_megabytes(free_bytes(checkpoint))} free). {stands}. Free some space and run the same "
+        "command again: it goes on from there."
+    )
+
+
+def _problem(path: Path, name: str, entry: dict[str, Any]) -> str | None:
+    """How a file differs from its entry in the manifest; sizes first, they cost nothing."""
+    if not path.is_file():
+        return f"{name} is missing"
+    size = path.stat().st_size
+    if size != entry["size"]:
+        return f"{name} is {size:,} bytes, manifest says {entry['size']:,}"
+    if sha256_of_file(path) != entry["sha256"]:
+        return f"{name} has other content than when it was saved (sha256)"
+    return None
+
+
+def _files(checkpoint: Path) -> list[Path]:
+    """Every file below the folder but the manifest, in a fixed order."""
+    found = (path for path in sorted(checkpoint.rglob("*")) if path.is_file())
+    return [path for path in found if path != checkpoint / MANIFEST]
+
+
+def _flush(path: Path) -> None:
+    """Make a file, or the names in a folder, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:,.0f} MB"

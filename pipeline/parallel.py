@@ -1,0 +1,157 @@
+"""This process among the others: who it is, and the guard that refuses a layout nobody asked for.
+
+The only place that reads ranks from the environment. No gradients and no data pass through here, only scalars.
+"""
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from pipeline.errors import LayoutError
+
+ENGINES = {"ACCELERATE_USE_DEEPSPEED": "DEEPSPEED", "ACCELERATE_USE_FSDP": "FSDP"}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What the launcher asked for, as the environment tells it."""
+
+    world_size: int = 1
+    rank: int = 0
+    engine: str = "plain"
+
+    @property
+    def is_main(self) -> bool:
+        """Rank 0 speaks and writes for all."""
+        return self.rank == 0
+
+
+def read_launch(environment: Mapping[str, str] = os.environ) -> Launch:
+    """The layout that torchrun, accelerate or deepspeed described in the environment."""
+    asked = [engine for name, engine in ENGINES.items() if _is_on(environment.get(name, ""))]
+    if len(asked) > 1:
+        raise LayoutError("The environment asks for DeepSpeed and FSDP at once. Choose one engine.")
+    world_size = _integer(environment, "WORLD_SIZE", 1)
+    return Launch(world_size, _integer(environment, "RANK", 0), asked[0] if asked else "plain")
+
+
+def guard(launch: Launch, args_world_size: int, accelerator: Any) -> None:
+    """Refuse to start unless world size and engine asked for are the ones running.
+
+    Two processes that each believe to be alone would train two models and write them to one folder.
+    """
+    sizes = {launch.world_size, args_world_size, accelerator.num_processes}
+    if len(sizes) > 1:
+        raise LayoutError(
+            f"The launcher asked for {launch.world_size} processes (WORLD_SIZE), but the training "
+            f"arguments see {args_world_size} and accelerate sees {accelerator.num_processes}. "
+            "Nothing was written. Without an accelerator leave train.use_cpu unset or true; "
+            "otherwise check that every process sees a device, and launch with torchrun or "
+            "`accelerate launch --num_processes N`."
+        )
+    running = _engine_of(accelerator)
+    if launch.engine != running:
+        raise LayoutError(
+            f"The launcher asked for {_named(launch.engine)}, but {_named(running)} is running on "
+            f"{accelerator.device.type}. Nothing was written. FSDP needs several accelerators; "
+            "DeepSpeed needs the deepspeed package. Launch with another --accelerate-config, or "
+            "with plain torchrun."
+        )
+
+
+def default_use_cpu() -> bool:
+    """True where there is no accelerator: without it torchrun's processes do not find each other."""
+    return not torch.accelerator.is_available()
+
+
+def world_size() -> int:
+    """Processes that train together."""
+    return torch.distributed.get_world_size() if _is_distributed() else 1
+
+
+def is_main() -> bool:
+    """Whether this process writes and speaks for all."""
+    return not _is_distributed() or torch.distributed.get_rank() == 0
+
+
+def barrier() -> None:
+    """Wait until every process is here."""
+    if _is_distributed():
+        torch.distributed.barrier()
+
+
+def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
+    """The elementwise sum over all processes, on each of them."""
+    if _is_distributed():
+        tensor = tensor.clone()
+        torch.distributed.all_reduce(tensor)
+    return tensor
+
+
+def agree_any(flag: bool, device: torch.device | str = "cpu") -> bool:
+    """Whether the flag is up on any process: one scalar all-reduce, the same answer everywhere."""
+    if not _is_distributed():
+        return flag
+    votes = sum_over_ranks(torch.tensor([float(flag)], device=device))
+    return bool(votes.item() > 0)
+
+
+def from_main(value: Any) -> Any:
+    """The main process's value, on every process."""
+    if not _is_distributed():
+        return value
+    box = [value]
+    torch.distributed.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def from_all(value: Any) -> list[Any]:
+    """One value of each process, in rank order, on every process."""
+    if not _is_distributed():
+        return [value]
+    boxes: list[Any] = [None] * world_size()
+    torch.distributed.all_gather_object(boxes, value)
+    return boxes
+
+
+@contextmanager
+def main_first() -> Iterator[None]:
+    """Let the main process go through the block first, so that the others find its cache filled."""
+    if not is_main():
+        barrier()
+    try:
+        yield
+    finally:
+        if is_main():
+            barrier()
+
+
+def _is_distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def _engine_of(accelerator: Any) -> str:
+    """DEEPSPEED, FSDP, or plain for one process and for DDP."""
+    kind = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
+    return kind if kind in ENGINES.values() else "plain"
+
+
+def _named(engine: str) -> str:
+    return {"DEEPSPEED": "DeepSpeed", "plain": "plain data parallelism"}.get(engine, engine)
+
+
+def _is_on(value: str) -> bool:
+    return value.strip().lower() in {"1", "true", "yes", "y", "on", "t"}
+
+
+def _integer(environment: Mapping[str, str], name: str, default: int) -> int:
+    value = environment.get(name, "")
+    if not value:
+        return default
+    if not value.isdigit():
+        raise LayoutError(f"{name} in the environment must be a whole number, found {value!r}.")
+    return int(value)
