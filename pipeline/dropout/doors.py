@@ -1,0 +1,161 @@
+"""The doors through which dropout enters a model, opened so that every draw goes through one function.
+
+Nothing here knows about keys or masks: a draw function receives (door, site, tensor, rate) and returns the tensor.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.dropout.key import canonical_site
+
+Draw = Callable[[str, str, Tensor, float], Tensor]
+"""(door, site, tensor, rate of the call) -> masked tensor."""
+
+MODULE, FUNCTIONAL, INSERTED = "module", "functional", "inserted"
+
+
+class _KeyedModule:
+    """Mixin that gives an `nn.Dropout` a draw function in place of torch's generator."""
+
+    masklock_draw: Draw
+    masklock_site: str
+    p: float
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.masklock_draw(MODULE, self.masklock_site, input, self.p)
+
+
+@lru_cache(maxsize=64)
+def _keyed_class(original: type[nn.Module]) -> type[nn.Module]:
+    # The class is swapped, not the module: hooks, ids, state_dict and isinstance survive.
+    name = f"Keyed{original.__name__}"
+    return type(name, (_KeyedModule, original), {"__module__": original.__module__})
+
+
+def site_names(model: nn.Module) -> dict[nn.Module, str]:
+    """Every module of a (possibly wrapped) model with its name in the bare model."""
+    return {module: canonical_site(name) for name, module in model.named_modules()}
+
+
+def open_modules(names: dict[nn.Module, str], draw: Draw) -> Callable[[], None]:
+    """Route every `nn.Dropout` through `draw`; returns the function that undoes it."""
+    swapped: list[nn.Module] = []
+    for module, name in names.items():
+        if isinstance(module, nn.Dropout) and type(module).forward is nn.Dropout.forward:
+            module.__dict__["masklock_draw"] = draw
+            module.__dict__["masklock_site"] = name
+            module.__class__ = _keyed_class(type(module))
+            swapped.append(module)
+
+    def close() -> None:
+        for module in swapped:
+            module.__class__ = type(module).__mro__[2]
+            del module.__dict__["masklock_draw"], module.__dict__["masklock_site"]
+
+    return close
+
+
+def open_inserted(names: dict[nn.Module, str], sites: set[str], draw: Draw) -> Callable[[], None]:
+    """Put a dropout on the output of the named modules; returns the function that undoes it."""
+
+    def hook_for(site: str) -> Callable[[nn.Module, Any, Any], Any]:
+        def hook(module: nn.Module, args: Any, output: Any) -> Any:
+            if isinstance(output, tuple):
+                return (draw(INSERTED, site, output[0], 0.0), *output[1:])
+            return draw(INSERTED, site, output, 0.0)
+
+        return hook
+
+    handles = [
+        module.register_forward_hook(hook_for(name))
+        for module, name in names.items()
+        if name in sites
+    ]
+
+    def close() -> None:
+        for handle in handles:
+            handle.remove()
+
+    return close
+
+
+@contextmanager
+def open_functional(find: Callable[[nn.Module], tuple[str, Draw] | None]) -> Iterator[None]:
+    """Route `nn.functional.dropout` through a draw function while the block runs.
+
+    The site is the nearest caller whose `self` or `module` is a module that `find` knows. Calls from elsewhere keep
+    torch's own dropout.
+    """
+
+    def dropout(
+        input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
+    ) -> Tensor:
+        found = _calling_site(find)
+        if found is None:
+            return previous(input, p, training, inplace)
+        site, draw = found
+        return draw(FUNCTIONAL, site, input, p if training else 0.0)
+
+    previous = nn.functional.dropout
+    nn.functional.dropout = dropout  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        nn.functional.dropout = previous
+
+
+def _calling_site(find: Callable[[nn.Module], Any]) -> Any:
+    frame = sys._getframe(2)
+    while frame is not None:
+        variables = frame.f_locals
+        for name in ("self", "module"):
+            owner = variables.get(name)
+            if isinstance(owner, nn.Module):
+                found = find(owner)
+                if found is not None:
+                    return found
+        frame = frame.f_back  # type: ignore[assignment]
+    return None
+
+
+def unsupported_modules(names: dict[nn.Module, str]) -> dict[str, str]:
+    """Dropout modules with a rate that no door opens, by site, with the class that draws there."""
+    return {
+        name: type(module).__name__
+        for module, name in names.items()
+        if isinstance(module, nn.modules.dropout._DropoutNd)
+        and not isinstance(module, _KeyedModule)
+        and type(module).forward is not nn.Dropout.forward
+        and module.p > 0
+    }
+
+
+def wrap_checkpointing(modules: list[nn.Module], segment: Callable[[Callable], Callable]) -> None:
+    """Let every gradient-checkpointed segment pass through `segment` (captures now, restores in the recompute).
+
+    Called at the start of each context: the Trainer installs its checkpointing function late.
+    """
+    for module in modules:
+        function = getattr(module, "_gradient_checkpointing_func", None)
+        if function is None or getattr(function, "masklock_wrapped", False):
+            continue
+        module._gradient_checkpointing_func = _wrapped(function, segment)
+
+
+def _wrapped(function: Callable, segment: Callable[[Callable], Callable]) -> Callable:
+    def checkpoint(body: Callable, *args: Any, **kwargs: Any) -> Any:
+        return function(segment(body), *args, **kwargs)
+
+    checkpoint.masklock_wrapped = True  # type: ignore[attr-defined]
+    return checkpoint
+
+
+def in_backward() -> bool:
+    """Whether this thread is inside autograd's backward."""
+    return torch._C._current_graph_task_id() != -1

@@ -1,0 +1,103 @@
+"""Logical positions of the tokens of one call: independent of padding, packing and caching.
+
+One rule a stack (encoder, decoder): `position_ids` if given; else `cumsum(attention_mask) - 1`, clamped at 0;
+else cache length + arange.
+"""
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_INPUTS = ("input_ids", "inputs_embeds", "decoder_input_ids")
+
+
+@lru_cache(maxsize=512)
+def _parameters(forward: Any) -> tuple[str, ...]:
+    return tuple(inspect.signature(forward).parameters)
+
+
+def is_stack(module: nn.Module) -> bool:
+    """Whether a module takes tokens and their mask: it fixes the positions of everything inside it.
+
+    Embedding layers take tokens but no mask, and know nothing of padding.
+    """
+    names = _parameters(type(module).forward)
+    return "attention_mask" in names and ("input_ids" in names or "inputs_embeds" in names)
+
+
+@dataclass
+class StackInputs:
+    """What one call of a stack says about positions. Tensors `[B, T]`; K counts cached tokens too."""
+
+    length: int
+    position_ids: Tensor | None = None
+    attention_mask: Tensor | None = None
+    encoder_attention_mask: Tensor | None = None
+    cache_length: int = 0
+    _cache: dict[Any, Tensor] = field(default_factory=dict)
+
+    @staticmethod
+    def of(
+        module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> "StackInputs | None":
+        """Read the inputs of a stack's call; None when it was given no tokens."""
+        names = _parameters(type(module).forward)[1:]
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        tokens = next((given[name] for name in _INPUTS if given.get(name) is not None), None)
+        if tokens is None:
+            return None
+        cache = given.get("past_key_values", given.get("cache"))
+        return StackInputs(
+            length=tokens.shape[1] if tokens.dim() > 1 else 1,
+            position_ids=_matrix(given.get("position_ids")),
+            attention_mask=_matrix(given.get("attention_mask")),
+            encoder_attention_mask=_matrix(given.get("encoder_attention_mask")),
+            cache_length=int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0,
+        )
+
+    def queries(self, device: torch.device) -> Tensor:
+        """Positions of this call's tokens, int64 `[B or 1, T]`."""
+        return self._kept("queries", self._queries, device)
+
+    def keys(self, num_keys: int, device: torch.device) -> Tensor:
+        """Positions of everything this call's tokens attend to, cached tokens first, int64 `[B or 1, K]`."""
+        return self._kept(("keys", num_keys), lambda: self._keys(num_keys), device)
+
+    def encoder_keys(self, num_keys: int, device: torch.device) -> Tensor:
+        """Positions of the encoder's tokens in cross-attention, int64 `[B or 1, K]`."""
+        return self._kept(
+            ("encoder", num_keys), lambda: _from_mask(self.encoder_attention_mask, num_keys), device
+        )
+
+    def _kept(self, name: Any, make: Any, device: torch.device) -> Tensor:
+        if name not in self._cache:
+            self._cache[name] = make().to(device)
+        return self._cache[name]
+
+    def _queries(self) -> Tensor:
+        if self.position_ids is not None:
+            return self.position_ids.long()
+        end = self.cache_length + self.length
+        if self.attention_mask is not None and self.attention_mask.shape[1] in (self.length, end):
+            return _from_mask(self.attention_mask, end)[:, -self.length :]
+        return torch.arange(self.cache_length, end)[None]
+
+    def _keys(self, num_keys: int) -> Tensor:
+        if num_keys == self.length:
+            return self._queries()
+        return _from_mask(self.attention_mask, num_keys)
+
+
+def _matrix(value: Any) -> Tensor | None:
+    return value if isinstance(value, Tensor) and value.dim() == 2 else None
+
+
+def _from_mask(mask: Tensor | None, length: int) -> Tensor:
+    if mask is None or mask.shape[1] != length:
+        return torch.arange(length)[None]
+    return (mask.long().cumsum(-1) - 1).clamp_(min=0)

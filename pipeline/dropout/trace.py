@@ -1,0 +1,72 @@
+"""Records every random draw of one forward pass: what went through the doors, and what leaked past them."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from pipeline.dropout import doors
+from pipeline.dropout.audit import Leak, audited
+
+
+@dataclass(frozen=True)
+class Call:
+    """One draw as it was seen: its door, site, number, rate and the shape of the tensor."""
+
+    door: str
+    site: str
+    call: int
+    rate: float
+    shape: tuple[int, ...]
+
+
+def trace(
+    model: nn.Module, inputs: Mapping[str, Any], inserted: set[str] = frozenset()
+) -> tuple[list[Call], list[Leak]]:
+    """Run one forward in training mode without masking anything.
+
+    Args:
+        model: a model on any device, `meta` included; left as it was.
+        inputs: arguments of its forward.
+        inserted: names of modules whose output gets an inserted site.
+
+    Returns:
+        The draws in order, and the leaks: randomness that no door opens.
+    """
+    calls: list[Call] = []
+    counts: dict[tuple[str, str], int] = {}
+
+    def record(door: str, site: str, x: Tensor, rate: float) -> Tensor:
+        call = counts.get((door, site), 0)
+        counts[door, site] = call + 1
+        calls.append(Call(door, site, call, float(rate), tuple(x.shape)))
+        return x
+
+    names = doors.site_names(model)
+    was_training = model.training
+    with _opened(names, inserted, record), audited(names) as leaks:
+        try:
+            model.train()
+            model(**inputs)
+        finally:
+            model.train(was_training)
+    leaks.extend(Leak(site, kind) for site, kind in doors.unsupported_modules(names).items())
+    return calls, leaks
+
+
+@contextmanager
+def _opened(names: dict[nn.Module, str], inserted: set[str], record: doors.Draw) -> Iterator[None]:
+    undo = [
+        doors.open_modules(names, record),
+        doors.open_inserted(names, inserted, record),
+    ]
+    try:
+        with doors.open_functional(
+            lambda module: (names[module], record) if module in names else None
+        ):
+            yield
+    finally:
+        for close in reversed(undo):
+            close()
