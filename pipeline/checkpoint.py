@@ -1,4 +1,4 @@
-"""Checkpoints that exist once their manifest does: committing, verifying, finding and rotating them.
+"""Checkpoints that exist once their manifest does: commit, verify, find and rotate them.
 
 A save cut off at any byte leaves a folder without a manifest that fits: it is passed over, by name.
 """
@@ -22,14 +22,22 @@ _FULL_DISK_PHRASES = ("no space left", "os error 28", "pytorchstreamwriter", "di
 
 def commit(checkpoint: Path, facts: dict[str, Any]) -> None:
     """Flush every file of the folder and write the manifest: from here on the checkpoint exists."""
-    files = {}
-    for path in _files(checkpoint):
-        _flush(path)
-        entry = {"size": path.stat().st_size, "sha256": sha256_of_file(path)}
-        files[path.relative_to(checkpoint).as_posix()] = entry
-    _flush(checkpoint)
+    flush_tree(checkpoint)
+    files = {
+        path.relative_to(checkpoint).as_posix(): {
+            "size": path.stat().st_size,
+            "sha256": sha256_of_file(path),
+        }
+        for path in _files(checkpoint)
+    }
     write_json(checkpoint / MANIFEST, {"schema": SCHEMA, **facts, "files": files})
     _flush(checkpoint.parent)
+
+
+def flush_tree(folder: Path) -> None:
+    """Make every file below a folder, and their names, survive a power cut."""
+    for path in [*folder.rglob("*"), folder]:
+        _flush(path)
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """This process among the others: who it is, and the guard that refuses a layout nobody asked for.
 
-The only place that reads ranks from the environment. No gradients and no data pass through here, only scalars.
+The only place that reads ranks from the environment. No gradients pass through here, only scalars
+and small objects.
 """
 
 import os
@@ -64,7 +65,7 @@ def guard(launch: Launch, args_world_size: int, accelerator: Any) -> None:
 
 
 def default_use_cpu() -> bool:
-    """True where there is no accelerator: without it torchrun's processes do not find each other."""
+    """True without an accelerator: otherwise torchrun's processes do not find each other."""
     return not torch.accelerator.is_available()
 
 

@@ -1,0 +1,140 @@
+"""The Trainer's arguments of a run: pure arithmetic on configuration, world size and rows."""
+
+import math
+from typing import Any
+
+from transformers import TrainingArguments
+
+from pipeline.config.installed import installed_problems
+from pipeline.config.schema import RunConfig, TrainConfig
+from pipeline.errors import ConfigError
+from pipeline.parallel import default_use_cpu
+
+# Names that mean the same here and there.
+SAME_NAMES = (
+    "per_device_eval_batch_size",
+    "learning_rate",
+    "lr_scheduler_type",
+    "lr_scheduler_kwargs",
+    "warmup_steps",
+    "optim",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "max_grad_norm",
+    "bf16",
+    "fp16",
+    "dataloader_num_workers",
+    "logging_steps",
+    "metric_for_best_model",
+)
+
+
+def training_arguments(config: RunConfig, output_dir: str, world_size: int) -> TrainingArguments:
+    """Everything that does not depend on the data; `set_horizon` adds the steps."""
+    if problems := installed_problems(config):
+        raise ConfigError(problems)
+    micro, accumulation = batch_split(config.train, world_size)
+    given = {name: getattr(config.train, name) for name in SAME_NAMES}
+    values = {
+        **given,
+        "output_dir": output_dir,
+        "per_device_train_batch_size": micro,
+        "gradient_accumulation_steps": accumulation,
+        "max_steps": 1,
+        "seed": config.seed % 2**32,
+        "use_cpu": default_use_cpu() if config.train.use_cpu is None else config.train.use_cpu,
+        "greater_is_better": greater_is_better(config.train),
+        "train_sampling_strategy": "sequential",
+        "remove_unused_columns": False,
+        "logging_nan_inf_filter": False,
+        "disable_tqdm": True,  # our own progress bar knows whether it may draw
+        "report_to": "none",
+        "save_strategy": "steps",
+        "eval_strategy": "no",
+        "restore_callback_states_from_checkpoint": True,  # early stopping goes on counting
+        **_recompute(config.train),
+    }
+    try:
+        return TrainingArguments(**(config.train.extra | values))
+    except (ValueError, TypeError) as error:
+        raise ConfigError([f"train: {error}"]) from error
+
+
+def set_horizon(
+    args: TrainingArguments, train: TrainConfig, num_rows: int, has_validation: bool
+) -> int:
+    """Set how long to train and when to evaluate and save; return the number of steps."""
+    steps = num_steps(train, num_rows)
+    args.max_steps = steps
+    args.save_steps = min(train.save_steps or steps, steps)
+    if has_validation:
+        args.eval_strategy = type(args.eval_strategy)("steps")
+        args.eval_steps = min(train.eval_steps or steps, steps)
+    return steps
+
+
+def num_steps(train: TrainConfig, num_rows: int) -> int:
+    """Optimizer steps: `max_steps`, or whole global batches of so many epochs."""
+    if train.max_steps is not None:
+        return train.max_steps
+    return max(1, math.ceil(train.num_train_epochs * (num_rows // train.global_batch_size)))
+
+
+def batch_split(train: TrainConfig, world_size: int) -> tuple[int, int]:
+    """Micro-batch of one process and accumulation steps that make up the global batch."""
+    total = train.global_batch_size
+    if total % world_size:
+        raise ConfigError([_no_split(total, world_size)])
+    micro = train.per_device_train_batch_size or total // world_size
+    if total % (micro * world_size):
+        fitting = [size for size in range(1, total + 1) if (total // world_size) % size == 0]
+        near = sorted(sorted(fitting, key=lambda size: abs(size - micro))[:3])
+        raise ConfigError(
+            [
+                f"train.per_device_train_batch_size: {micro} on {world_size} processes does not "
+                f"divide train.global_batch_size {total}; use one of {_listed(near)}"
+            ]
+        )
+    return micro, total // (micro * world_size)
+
+
+def greater_is_better(train: TrainConfig) -> bool:
+    """Accuracy and F1 are better when greater; losses, errors and perplexity when smaller."""
+    if train.greater_is_better is not None:
+        return train.greater_is_better
+    return train.metric_for_best_model.removeprefix("eval_") in {"accuracy", "f1"}
+
+
+def check_metric(train: TrainConfig, metric_names: tuple[str, ...]) -> None:
+    """The metric that chooses the best model must be one that evaluation computes."""
+    name = train.metric_for_best_model.removeprefix("eval_")
+    if name not in metric_names:
+        raise ConfigError(
+            [f"train.metric_for_best_model: {name!r} is not one of {_listed(metric_names)}"]
+        )
+
+
+def _recompute(train: TrainConfig) -> dict[str, Any]:
+    """Checkpointing without reentrance, which also works when the embeddings are frozen."""
+    if not train.gradient_checkpointing:
+        return {}
+    return {
+        "activation_checkpointing": True,
+        "activation_checkpointing_kwargs": {"use_reentrant": False},
+    }
+
+
+def _no_split(total: int, world_size: int) -> str:
+    smaller = max(total - total % world_size, world_size)
+    larger = smaller if smaller > total else smaller + world_size
+    return (
+        f"train.global_batch_size: {total} cannot be divided among {world_size} processes; "
+        f"use {_listed(sorted({smaller, larger}))}, or another number of processes"
+    )
+
+
+def _listed(items: Any) -> str:
+    *head, last = [str(item) for item in items]
+    return f"{', '.join(head)} or {last}" if head else last

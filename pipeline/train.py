@@ -1,0 +1,262 @@
+"""The training stage: from a configuration to a run folder with a trained model."""
+
+import logging
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, TrainingArguments
+
+from pipeline import checkpoint, parallel
+from pipeline.arguments import check_metric, set_horizon, training_arguments
+from pipeline.callbacks import Meter, ShowProgress, StopPolitely, TrackMetrics
+from pipeline.config.load import config_diff, config_hash, dump_config, load_config
+from pipeline.config.schema import RunConfig
+from pipeline.data import PreparedData, TrainingStream, load_raw, prepare_data
+from pipeline.dropout.context import KeyedDropout
+from pipeline.dropout.plan import DropoutPlan
+from pipeline.errors import RunFolderError
+from pipeline.modality.bundle import MODALITIES
+from pipeline.model import build_model, load_tokenizer, plan_for
+from pipeline.records import RunFolder, write_json, write_text
+from pipeline.tracking import Tracker, open_tracker
+from pipeline.trainer import LockedTrainer, accelerator_for
+
+STOPPED = 75
+logger = logging.getLogger(__name__)
+Say = Callable[[str], None]
+
+# A run may go on with other values of these: they change neither masks nor order nor the objective.
+FREE_SECTIONS = ("output_dir", "wandb", "evaluation")
+FREE_TRAIN_FIELDS = (
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_checkpointing",
+    "use_cpu",
+    "dataloader_num_workers",
+    "logging_steps",
+    "save_steps",
+    "save_total_limit",
+    "disable_tqdm",
+)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Everything a training is made of, checked, before anything is written."""
+
+    config: RunConfig
+    run: RunFolder
+    args: TrainingArguments
+    data: PreparedData
+    tokenizer: PreTrainedTokenizerBase
+    plan: DropoutPlan
+    model: Any
+    found: Path | None
+    say: Say
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What every manifest says about the run it belongs to."""
+        return {
+            "global_batch_size": self.config.train.global_batch_size,
+            "config_hash": config_hash(self.config),
+            "plan_digest": self.plan.digest,
+            "data_fingerprint": self.data.fingerprint,
+        }
+
+
+def train(config: RunConfig, say: Say = logger.info) -> int:
+    """Train, or go on training, the run that this configuration describes.
+
+    Args:
+        say: receives the few sentences a user should read.
+
+    Returns:
+        0 when the run is complete, 75 when a signal stopped it after a save.
+    """
+    args = guarded_arguments(config)
+    run = RunFolder(Path(config.output_dir) / config.name)
+    say = say if parallel.is_main() else _keep_quiet
+    check_folder(run, config)
+    if run.model.is_dir():
+        say(f"{run.path} is complete: {run.model} holds the trained model. Nothing to do.")
+        return 0
+    parts = prepare(config, run, args, say)
+    keyed = KeyedDropout(parts.model, parts.plan, config.seed)
+    write_description(parts)
+    tracker = open_tracker(config, run, parallel.is_main())
+    try:
+        return fit_and_save(parts, keyed, tracker)
+    finally:
+        say(tracker.finish())
+        keyed.release()
+
+
+def guarded_arguments(config: RunConfig) -> TrainingArguments:
+    """The first statement of every run: the layout asked for is the one running, or exit 2."""
+    launch = parallel.read_launch()
+    args = training_arguments(config, str(Path(config.output_dir) / config.name), launch.world_size)
+    parallel.guard(launch, args.world_size, accelerator_for(args))
+    return args
+
+
+def check_folder(run: RunFolder, config: RunConfig) -> None:
+    """A folder that holds another run is refused, with what differs."""
+    if not run.path.exists() or not any(run.path.iterdir()):
+        return
+    if not run.config.is_file():
+        raise RunFolderError(
+            f"{run.path} exists but holds no {run.config.name}, so it is not a run of Masklock. "
+            "Choose another name or output_dir, or delete the folder."
+        )
+    differences = config_diff(as_before(load_config(run.path), config), config)
+    if differences:
+        listed = "\n".join(f"  - {line}" for line in differences)
+        raise RunFolderError(
+            f"{run.path} holds a run with another configuration (there -> asked for):\n{listed}\n"
+            "Choose another name, delete the folder, or undo these changes to go on with that run."
+        )
+
+
+def as_before(before: RunConfig, config: RunConfig) -> RunConfig:
+    """The run's configuration with what may change between two starts taken from the new one."""
+    train = {name: getattr(config.train, name) for name in FREE_TRAIN_FIELDS}
+    sections = {name: getattr(config, name) for name in FREE_SECTIONS}
+    return before.model_copy(update={**sections, "train": before.train.model_copy(update=train)})
+
+
+def prepare(config: RunConfig, run: RunFolder, args: TrainingArguments, say: Say) -> Parts:
+    """Data, tokenizer, plan, model and the checkpoint to go on from: every check, no write."""
+    check_metric(config.train, MODALITIES[config.model.task].metric_names)
+    with parallel.main_first():
+        raw = load_raw(config)
+        tokenizer = load_tokenizer(config, raw.train[config.data.text_column_name])
+        data = prepare_data(config, raw, tokenizer)
+    set_horizon(args, config.train, len(data.train), has_validation=bool(data.validation))
+    plan = plan_for(config, data.label_names, tokenizer)
+    found = find_checkpoint(run, plan, data, say)
+    model = build_model(config, data.label_names, plan, tokenizer)
+    if found is None:
+        checkpoint.require_space(run.path, checkpoint_bytes(model), "A checkpoint")
+    return Parts(config, run, args, data, tokenizer, plan, model, found, say)
+
+
+def find_checkpoint(run: RunFolder, plan: DropoutPlan, data: PreparedData, say: Say) -> Path | None:
+    """The newest whole checkpoint, the same one on every process; torn ones are named."""
+    found, passed_over = parallel.from_main(
+        checkpoint.newest_whole(run.path) if parallel.is_main() else None
+    )
+    for message in passed_over:
+        say(message)
+    if found is None:
+        return None
+    manifest = checkpoint.read_manifest(found)
+    now = {"plan_digest": plan.digest, "data_fingerprint": data.fingerprint}
+    changed = [name for name, value in now.items() if manifest.get(name, value) != value]
+    if changed:
+        raise RunFolderError(
+            f"{found} was made with another {' and '.join(changed)}: the data files or the "
+            "installed libraries changed since. Going on would mix two runs: choose another name."
+        )
+    say(f"Going on from {found}.")
+    return found
+
+
+def checkpoint_bytes(model: Any) -> int:
+    """About what a checkpoint takes: saved weights and two moments of each trained weight."""
+    parameters = list(model.parameters())
+    trained = sum(p.numel() for p in parameters if p.requires_grad)
+    is_adapter = hasattr(model, "peft_config")
+    saved = sum(
+        p.numel() * p.element_size() for p in parameters if p.requires_grad or not is_adapter
+    )
+    return saved + 8 * trained
+
+
+def write_description(parts: Parts) -> None:
+    """The first writes of a run: what it is, for every later stage."""
+    if parallel.is_main():
+        write_text(parts.run.config, dump_config(parts.config))
+        write_json(parts.run.plan, parts.plan.to_json())
+    parallel.barrier()
+
+
+def fit_and_save(parts: Parts, keyed: KeyedDropout, tracker: Tracker) -> int:
+    """Train under the ears of the signal handler; save the model unless the run was stopped."""
+    tracker.start(parts.config.model_dump(mode="json"), parts.config.name)
+    tracker.rewind(checkpoint.step_of(parts.found) or 0 if parts.found else 0)
+    stop = StopPolitely(parts.say)
+    trainer = make_trainer(parts, keyed, tracker, stop)
+    with stop.listening():
+        trainer.run_from(parts.found)
+    if stop.has_stopped:
+        step = trainer.state.global_step
+        parts.say(
+            f"Stopped and saved after step {step} of {parts.args.max_steps}. "
+            "Run the same command again to go on."
+        )
+        return STOPPED
+    save_model(parts, trainer)
+    return 0
+
+
+def make_trainer(
+    parts: Parts, keyed: KeyedDropout, tracker: Tracker, stop: StopPolitely
+) -> LockedTrainer:
+    """The trainer with its stream and callbacks."""
+    config, train, rows = parts.config, parts.config.train, parts.data.train
+    meter = Meter()
+    steps_per_epoch = len(rows) // train.global_batch_size
+    callbacks = [
+        stop,
+        TrackMetrics(tracker, meter, train.global_batch_size, steps_per_epoch),
+        ShowProgress(parts.say, train.disable_tqdm),
+    ]
+    if train.early_stopping_patience is not None:
+        callbacks.append(
+            EarlyStoppingCallback(train.early_stopping_patience, train.early_stopping_threshold)
+        )
+    modality = MODALITIES[config.model.task]
+    return LockedTrainer(
+        run=parts.run,
+        train=train,
+        keyed=keyed,
+        modality=modality,
+        facts=parts.facts,
+        meter=meter,
+        model=parts.model,
+        args=parts.args,
+        train_dataset=TrainingStream(
+            rows, config.seed, parts.args.max_steps, train.global_batch_size
+        ),
+        eval_dataset=parts.data.validation or None,
+        data_collator=modality.collator(parts.tokenizer, config),
+        callbacks=callbacks,
+    )
+
+
+def save_model(parts: Parts, trainer: LockedTrainer) -> None:
+    """The final (or best) weights and the tokenizer, under their name only once they are whole."""
+    run, best = parts.run, None
+    if parts.config.train.load_best_model_at_end:
+        best = trainer.load_best()
+    unfinished = run.path / f".{run.model.name}.unfinished"
+    if parallel.is_main() and unfinished.exists():
+        shutil.rmtree(unfinished)
+    parallel.barrier()
+    trainer.save_model(str(unfinished))
+    if parallel.is_main():
+        parts.tokenizer.save_pretrained(unfinished)
+        checkpoint.flush_tree(unfinished)
+        os.replace(unfinished, run.model)
+    parallel.barrier()
+    origin = f"the best evaluation ({best.name})" if best else f"step {trainer.state.global_step}"
+    parts.say(f"The model of {origin} is in {run.model}.")
+
+
+def _keep_quiet(message: str) -> None:
+    """Only the main process speaks."""

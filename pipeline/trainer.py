@@ -1,0 +1,256 @@
+"""A thin transformers.Trainer: keyed masks around each micro-batch, own checks and checkpoints.
+
+Every touch point below its public surface stands in this file; a contract test names a hook that
+moved.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch import Tensor
+from torch.utils.data import DataLoader, Subset
+from transformers import PrinterCallback, Trainer, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+
+from pipeline import checkpoint, parallel
+from pipeline.callbacks import Meter
+from pipeline.config.schema import TrainConfig
+from pipeline.dropout.context import KeyedDropout
+from pipeline.errors import NonFiniteLossError
+from pipeline.modality.bundle import Modality
+from pipeline.records import RunFolder
+
+# Signatures this file overrides or calls, held against the installed version by tests/contract.
+TOUCH_POINTS = {
+    "training_step": ("self", "model", "inputs", "num_items_in_batch"),
+    "compute_loss": ("self", "model", "inputs", "return_outputs", "num_items_in_batch"),
+    "evaluate": ("self", "eval_dataset", "ignore_keys", "metric_key_prefix"),
+    "_save_checkpoint": ("self", "model", "trial"),
+    "_save": ("self", "output_dir", "state_dict"),
+    "_save_rng_state": ("self", "output_dir"),
+    "_load_rng_state": ("self", "checkpoint"),
+    "_determine_best_metric": ("self", "metrics", "trial"),
+    "_load_from_checkpoint": ("self", "resume_from_checkpoint", "model"),
+    "_load_best_model": ("self",),
+}
+
+
+class LockedTrainer(Trainer):
+    """Trains on the stream with masks locked to the samples.
+
+    Args:
+        run: where checkpoints go.
+        train: the configuration's `train` section.
+        keyed: keyed dropout bound to the model.
+        modality: loss and validation metrics.
+        facts: what every manifest records beside step and world size.
+        meter: counts the tokens of each step.
+    """
+
+    def __init__(
+        self,
+        *,
+        run: RunFolder,
+        train: TrainConfig,
+        keyed: KeyedDropout,
+        modality: Modality,
+        facts: dict[str, Any],
+        meter: Meter,
+        **kwargs: Any,
+    ) -> None:
+        loss = modality.loss(train.label_smoothing_factor)
+        super().__init__(compute_loss_func=loss, **kwargs)
+        self.run, self.train_config, self.keyed, self.modality = run, train, keyed, modality
+        self.facts, self.meter = facts, meter
+        # The loss is ours: the model neither computes one nor needs the number of items.
+        self.model_accepts_loss_kwargs = False
+        self.remove_callback(PrinterCallback)
+        self._step = 0
+        self._sample_ids = torch.empty(0, dtype=torch.int64)
+
+    # -- one micro-batch -------------------------------------------------------------------------
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """Forward and backward under the masks of the batch's own step and rows."""
+        self._sample_ids = inputs.pop("sample_id")
+        self._step = int(inputs.pop("mask_step")[0])
+        self.meter.count_tokens(inputs)
+        context = self.keyed.context(purpose="train", index=self._step, row_ids=self._sample_ids)
+        with context:
+            return super().training_step(model, inputs, num_items_in_batch)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The modality's loss, found finite on every process before anyone goes backward."""
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        is_bad = not bool(torch.isfinite(loss.detach()).all())
+        if parallel.agree_any(is_bad, loss.device):
+            raise self._non_finite(loss, outputs)
+        return (loss, outputs) if return_outputs else loss
+
+    def _non_finite(self, loss: Tensor, outputs: Any) -> NonFiniteLossError:
+        """Name the step and the samples, of all processes."""
+        mine = non_finite_rows(loss, outputs.logits, self._sample_ids)
+        ids = sorted({row for rows in parallel.from_all(mine) for row in rows})
+        more = f", ... ({len(ids)} in all)" if len(ids) > 20 else ""
+        shown = ", ".join(map(str, ids[:20])) + more
+        return NonFiniteLossError(
+            f"The loss became {loss.item()} in step {self._step + 1}, for sample_id {shown}. "
+            "The update was not applied. Look at these rows; then lower train.learning_rate, or train in float32, and "
+            "run the same command with another name."
+        )
+
+    # -- validation ------------------------------------------------------------------------------
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        """Metrics of the validation rows, each counted once on however many processes."""
+        rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        sums = self._validation_sums(rows)
+        measured = self.modality.eval_metrics(sums)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in measured.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics
+
+    def _validation_sums(self, rows: Any) -> dict[str, Tensor]:
+        """Sums over all batches and processes."""
+        model = self.model_wrapped if self.is_deepspeed_enabled else self.model
+        totals: dict[str, Tensor] = {}
+        with evaluating(model), torch.no_grad():
+            for batch, counts in self._validation_batches(rows):
+                inputs = self._prepare_inputs(batch)
+                labels = inputs.pop("labels")
+                inputs.pop("sample_id", None)
+                sums = self.modality.eval_sums(model(**inputs).logits, labels)
+                for name, value in sums.items() if counts else ():
+                    totals[name] = totals[name] + value if name in totals else value
+                for name in sums:
+                    totals.setdefault(name, torch.zeros_like(sums[name]))
+        return {name: parallel.sum_over_ranks(value) for name, value in totals.items()}
+
+    def _validation_batches(self, rows: Any) -> Iterator[tuple[dict[str, Tensor], bool]]:
+        """This process's batches, as many as every other's; idle ones do not count."""
+        size, world = self.args.per_device_eval_batch_size, parallel.world_size()
+        rank = self.args.process_index
+        mine = list(range(rank, len(rows), world))
+        whole = -(-len(rows) // world)
+        idle = Subset(rows, [0])
+        batches = DataLoader(Subset(rows, mine), batch_size=size, collate_fn=self.data_collator)
+        yield from ((batch, True) for batch in batches)
+        for _ in range(-(-whole // size) - len(batches)):
+            yield self.data_collator([idle[0]]), False
+
+    # -- checkpoints -----------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model, trial):
+        """Save, commit by the manifest, and only then delete older ones."""
+        folder = self.run.checkpoint(self.state.global_step)
+        if parallel.is_main():
+            checkpoint.remove(folder)  # a torn one of the same step
+        parallel.barrier()
+        try:
+            super()._save_checkpoint(model, trial)
+            parallel.barrier()
+            if parallel.is_main():
+                self._commit(folder)
+        except Exception as error:
+            known = checkpoint.save_error(folder, error)
+            if known is None:
+                raise
+            raise known from error
+        parallel.barrier()
+
+    def _commit(self, folder: Path) -> None:
+        layout = {"step": self.state.global_step, "world_size": parallel.world_size()}
+        checkpoint.commit(folder, layout | self.facts)
+        checkpoint.rotate(self.run.path, self.train_config.save_total_limit, self.best_checkpoint())
+
+    def _save(self, output_dir=None, state_dict=None):
+        """Weights without the pickle of the arguments: nothing here needs unpickling to be read."""
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            (Path(output_dir or self.args.output_dir) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+
+    def _save_rng_state(self, output_dir):
+        """Nothing: masks and order come from keys, not from a generator's state."""
+
+    def _load_rng_state(self, checkpoint):
+        """Nothing, for the same reason."""
+
+    # -- the best model --------------------------------------------------------------------------
+
+    def _determine_best_metric(self, metrics, trial):
+        """A new best model is saved at once, so that it can be kept whatever `save_steps` is."""
+        is_new_best = super()._determine_best_metric(metrics, trial)
+        if is_new_best and self.train_config.load_best_model_at_end:
+            self.control.should_save = True
+        return is_new_best
+
+    def best_checkpoint(self) -> Path | None:
+        """The committed checkpoint of the best evaluation so far."""
+        step = self.state.best_global_step
+        folder = self.run.checkpoint(step) if step else None
+        return folder if folder and (folder / checkpoint.MANIFEST).is_file() else None
+
+    def load_best(self) -> Path | None:
+        """Put the best checkpoint's weights into the model."""
+        best = self.best_checkpoint()
+        if best is not None:
+            self.state.best_model_checkpoint = str(best)
+            self._load_best_model()
+        return best
+
+    # -- going on --------------------------------------------------------------------------------
+
+    def run_from(self, found: Path | None) -> None:
+        """Train to the end from a whole checkpoint, or from the beginning."""
+        if found is not None and self._is_finished(found):
+            self._load_from_checkpoint(str(found))
+            self.state = TrainerState.load_from_json(str(found / TRAINER_STATE_NAME))
+        else:
+            self.train(resume_from_checkpoint=str(found) if found else None)
+
+    def _is_finished(self, found: Path) -> bool:
+        """Whether no step is left: all done, or early stopping had decided before the save."""
+        state = TrainerState.load_from_json(str(found / TRAINER_STATE_NAME))
+        patience = self.train_config.early_stopping_patience
+        saved = (state.stateful_callbacks or {}).get("EarlyStoppingCallback")
+        waited = saved["attributes"]["early_stopping_patience_counter"] if saved else 0
+        is_out_of_patience = patience is not None and waited >= patience
+        return state.global_step >= self.args.max_steps or is_out_of_patience
+
+
+def accelerator_for(args: TrainingArguments) -> Accelerator:
+    """The accelerator that the Trainer will make, before anything else exists: for the guard."""
+    accelerator = Accelerator(
+        mixed_precision=args.mixed_precision, deepspeed_plugin=args.deepspeed_plugin
+    )
+    AcceleratorState._reset_state()  # the Trainer makes its own, with its own plugins
+    return accelerator
+
+
+def non_finite_rows(loss: Tensor, logits: Tensor, sample_ids: Tensor) -> list[int]:
+    """The ids whose logits are not finite; all ids of the micro-batch when only its loss is not."""
+    if bool(torch.isfinite(loss).all()):
+        return []
+    bad = ~torch.isfinite(logits.detach()).flatten(1).all(1)
+    rows = sample_ids[bad] if bool(bad.any()) else sample_ids
+    return [int(row) for row in rows]
+
+
+@contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Evaluation mode for a while; modules frozen in evaluation mode stay so."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, was_training in modes.items():
+            module.training = was_training
