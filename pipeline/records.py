@@ -9,7 +9,7 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,6 +115,11 @@ def write_json(path: str | Path, obj: Any) -> None:
     write_text(path, json.dumps(_plain(obj), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def write_jsonl(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """`write_bytes` of one record a line."""
+    write_bytes(path, b"".join(_line(row) for row in rows))
+
+
 def append_jsonl(path: str | Path, record: Mapping[str, Any]) -> None:
     """Append one record as one line with one write; non-finite numbers become null.
 
@@ -122,7 +127,7 @@ def append_jsonl(path: str | Path, record: Mapping[str, Any]) -> None:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    line = json.dumps(_plain(record), ensure_ascii=False, allow_nan=False).encode("utf-8") + b"\n"
+    line = _line(record)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
     try:
         end = _mend_end(descriptor)
@@ -175,6 +180,12 @@ def _mend_end(descriptor: int) -> int:
         os.ftruncate(descriptor, start)
         return start
     return size + os.write(descriptor, b"\n")
+
+
+def _line(record: Mapping[str, Any]) -> bytes:
+    """One record as the bytes of one line."""
+    text = json.dumps(_plain(record), ensure_ascii=False, allow_nan=False)
+    return text.encode("utf-8") + b"\n"
 
 
 def _parse_line(line: bytes) -> dict[str, Any] | None:

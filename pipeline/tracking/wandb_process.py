@@ -1,0 +1,88 @@
+"""The process that talks to Weights & Biases, so that the one that trains never has to wait for it.
+
+Run as a script by `WandbClient`. One JSON request a line on standard input, one reply a line on
+standard output. Imports nothing of Masklock.
+"""
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any, TextIO
+
+STEP_METRIC = "train/global_step"
+
+
+def main() -> None:
+    """Answer requests until there are no more; end the run also when the trainer has died."""
+    # A terminal's Ctrl-C or a scheduler's SIGTERM is for the trainer, which ends this process.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    requests, replies = _take_standard_streams()
+    session = Session()
+    for line in requests:
+        request = json.loads(line)
+        try:
+            reply = getattr(session, request.pop("do"))(**request) or {}
+        except BaseException as error:
+            reply = {"error": f"{type(error).__name__}: {error}"}
+        replies.write(json.dumps(reply) + "\n")
+        replies.flush()
+    session.abandon()
+
+
+def _take_standard_streams() -> tuple[TextIO, TextIO]:
+    """Both pipes for us alone: wandb's service must not hold them, nor a print be a reply."""
+    requests = os.fdopen(os.dup(0), encoding="utf-8")
+    replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(2, 1)
+    return requests, replies
+
+
+class Session:
+    """One run of Weights & Biases. Each method is one request."""
+
+    def __init__(self) -> None:
+        self._run: Any = None
+
+    def start(self, **arguments: Any) -> dict[str, Any]:
+        """Open the run, or go on with the one of this id."""
+        import wandb
+
+        # A git address may hold a token. The processor load to show is the trainer's.
+        settings = wandb.Settings(
+            console="off", silent=True, disable_git=True, save_code=False, x_stats_pid=os.getppid()
+        )
+        self._run = wandb.init(settings=settings, **arguments)
+        self._run.define_metric("*", step_metric=STEP_METRIC)
+        url = "" if self._run.offline else self._run.url
+        return {"folder": str(Path(self._run.dir).parent), "url": url}
+
+    def log(self, metrics: dict[str, Any], step: int) -> None:
+        """Add one row of history."""
+        self._run.log({STEP_METRIC: step, **metrics})
+
+    def figure(self, name: str, png: str, step: int) -> None:
+        """Add one picture to the history."""
+        import wandb
+
+        self._run.log({STEP_METRIC: step, name: wandb.Image(png)})
+
+    def summary(self, values: dict[str, Any]) -> None:
+        """Set final numbers."""
+        self._run.summary.update(values)
+
+    def finish(self) -> None:
+        """Close the run; everything is on the disk, or sent, when this returns."""
+        run, self._run = self._run, None
+        run.finish()
+
+    def abandon(self) -> None:
+        """Close a run whose trainer has died without a word."""
+        if self._run is not None:
+            self._run.finish(exit_code=1)
+
+
+if __name__ == "__main__":
+    main()
