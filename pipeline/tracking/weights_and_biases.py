@@ -56,7 +56,7 @@ class WandbClient:
             raise TimeoutError(f"no answer within {timeout_seconds:g} s")
         if not (line := replies.readline()):
             raise ConnectionError("its process died")
-        reply = json.loads(line)
+        reply: dict[str, Any] = json.loads(line)
         if "error" in reply:
             raise RuntimeError(reply["error"])
         return reply
