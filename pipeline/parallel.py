@@ -31,6 +31,22 @@ class Launch:
         return self.rank == 0
 
 
+@dataclass(frozen=True)
+class Running:
+    """What accelerate made of it."""
+
+    num_processes: int = 1
+    engine: str = "plain"
+    device: str = "cpu"
+
+    @classmethod
+    def of(cls, accelerator: Any) -> "Running":
+        """Of an `accelerate.Accelerator`; one process and DDP are both plain."""
+        kind = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
+        engine = kind if kind in ENGINES.values() else "plain"
+        return cls(accelerator.num_processes, engine, accelerator.device.type)
+
+
 def read_launch(environment: Mapping[str, str] = os.environ) -> Launch:
     """The layout that torchrun, accelerate or deepspeed described in the environment."""
     asked = [engine for name, engine in ENGINES.items() if _is_on(environment.get(name, ""))]
@@ -40,25 +56,23 @@ def read_launch(environment: Mapping[str, str] = os.environ) -> Launch:
     return Launch(world_size, _integer(environment, "RANK", 0), asked[0] if asked else "plain")
 
 
-def guard(launch: Launch, args_world_size: int, accelerator: Any) -> None:
+def guard(launch: Launch, args_world_size: int, running: Running) -> None:
     """Refuse to start unless world size and engine asked for are the ones running.
 
     Two processes that each believe to be alone would train two models and write them to one folder.
     """
-    sizes = {launch.world_size, args_world_size, accelerator.num_processes}
-    if len(sizes) > 1:
+    if not launch.world_size == args_world_size == running.num_processes:
         raise LayoutError(
             f"The launcher asked for {launch.world_size} processes (WORLD_SIZE), but the training "
-            f"arguments see {args_world_size} and accelerate sees {accelerator.num_processes}. "
+            f"arguments see {args_world_size} and accelerate sees {running.num_processes}. "
             "Nothing was written. Without an accelerator leave train.use_cpu unset or true; "
             "otherwise check that every process sees a device, and launch with torchrun or "
             "`accelerate launch --num_processes N`."
         )
-    running = _engine_of(accelerator)
-    if launch.engine != running:
+    if launch.engine != running.engine:
         raise LayoutError(
-            f"The launcher asked for {_named(launch.engine)}, but {_named(running)} is running on "
-            f"{accelerator.device.type}. Nothing was written. FSDP needs several accelerators; "
+            f"The launcher asked for {_named(launch.engine)}, but {_named(running.engine)} is "
+            f"running on {running.device}. Nothing was written. FSDP needs several accelerators; "
             "DeepSpeed needs the deepspeed package. Launch with another --accelerate-config, or "
             "with plain torchrun."
         )
@@ -133,12 +147,6 @@ def main_first() -> Iterator[None]:
 
 def _is_distributed() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
-def _engine_of(accelerator: Any) -> str:
-    """DEEPSPEED, FSDP, or plain for one process and for DDP."""
-    kind = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
-    return kind if kind in ENGINES.values() else "plain"
 
 
 def _named(engine: str) -> str:

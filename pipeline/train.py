@@ -23,7 +23,7 @@ from pipeline.modality.bundle import MODALITIES
 from pipeline.model import build_model, load_tokenizer, plan_for
 from pipeline.records import RunFolder, write_json, write_text
 from pipeline.tracking import Tracker, open_tracker
-from pipeline.trainer import LockedTrainer, accelerator_for
+from pipeline.trainer import LockedTrainer, running_layout
 
 STOPPED = 75
 logger = logging.getLogger(__name__)
@@ -100,7 +100,7 @@ def guarded_arguments(config: RunConfig) -> TrainingArguments:
     """The first statement of every run: the layout asked for is the one running, or exit 2."""
     launch = parallel.read_launch()
     args = training_arguments(config, str(Path(config.output_dir) / config.name), launch.world_size)
-    parallel.guard(launch, args.world_size, accelerator_for(args))
+    parallel.guard(launch, args.world_size, running_layout(args))
     return args
 
 
@@ -136,7 +136,9 @@ def prepare(config: RunConfig, run: RunFolder, args: TrainingArguments, say: Say
         raw = load_raw(config)
         tokenizer = load_tokenizer(config, raw.train[config.data.text_column_name])
         data = prepare_data(config, raw, tokenizer)
-    set_horizon(args, config.train, len(data.train), has_validation=bool(data.validation))
+    for note in data.notes:
+        say(note)
+    set_horizon(args, config.train, len(data.train), has_validation=len(data.validation) > 0)
     plan = plan_for(config, data.label_names, tokenizer)
     found = find_checkpoint(run, plan, data, say)
     model = build_model(config, data.label_names, plan, tokenizer)
@@ -233,7 +235,7 @@ def make_trainer(
         train_dataset=TrainingStream(
             rows, config.seed, parts.args.max_steps, train.global_batch_size
         ),
-        eval_dataset=parts.data.validation or None,
+        eval_dataset=parts.data.validation,
         data_collator=modality.collator(parts.tokenizer, config),
         callbacks=callbacks,
     )

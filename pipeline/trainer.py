@@ -100,8 +100,8 @@ class LockedTrainer(Trainer):
         shown = ", ".join(map(str, ids[:20])) + more
         return NonFiniteLossError(
             f"The loss became {loss.item()} in step {self._step + 1}, for sample_id {shown}. "
-            "The update was not applied. Look at these rows; then lower train.learning_rate, or train in float32, and "
-            "run the same command with another name."
+            "The update was not applied. Look at these rows, lower train.learning_rate or train in "
+            "float32, and run it again under another name."
         )
 
     # -- validation ------------------------------------------------------------------------------
@@ -226,13 +226,14 @@ class LockedTrainer(Trainer):
         return state.global_step >= self.args.max_steps or is_out_of_patience
 
 
-def accelerator_for(args: TrainingArguments) -> Accelerator:
-    """The accelerator that the Trainer will make, before anything else exists: for the guard."""
+def running_layout(args: TrainingArguments) -> parallel.Running:
+    """The layout of the accelerator that the Trainer will make, before anything else exists."""
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision, deepspeed_plugin=args.deepspeed_plugin
     )
+    running = parallel.Running.of(accelerator)
     AcceleratorState._reset_state()  # the Trainer makes its own, with its own plugins
-    return accelerator
+    return running
 
 
 def non_finite_rows(loss: Tensor, logits: Tensor, sample_ids: Tensor) -> list[int]:
