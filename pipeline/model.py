@@ -148,7 +148,9 @@ def _from_scratch(model_type: str) -> PreTrainedConfig:
         known = list(transformers.CONFIG_MAPPING)
         near = difflib.get_close_matches(model_type, known, n=3)
         hint = f"; near it: {', '.join(near)}" if near else ""
-        raise ModelError(f"model.model_type {model_type!r} is not an architecture of transformers{hint}.") from error
+        raise ModelError(
+            f"model.model_type {model_type!r} is not an architecture of transformers{hint}."
+        ) from error
 
 
 def _from_pretrained(config: RunConfig) -> PreTrainedConfig:
@@ -166,8 +168,16 @@ def _from_pretrained(config: RunConfig) -> PreTrainedConfig:
 
 def _not_found(what: str, name: str, error: Exception) -> str:
     offline = os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0")
-    looked = f"a folder {name!r} (none), then the hub" if not Path(name).is_dir() else f"the folder {name!r}"
-    network = "HF_HUB_OFFLINE is set, so only the local cache was searched" if offline else "the hub was asked"
+    looked = (
+        f"a folder {name!r} (none), then the hub"
+        if not Path(name).is_dir()
+        else f"the folder {name!r}"
+    )
+    network = (
+        "HF_HUB_OFFLINE is set, so only the local cache was searched"
+        if offline
+        else "the hub was asked"
+    )
     first_line = str(error).strip().splitlines()[0]
     return (
         f"The {what} {name!r} could not be loaded. Looked for: {looked}; {network}. {first_line} "
@@ -181,7 +191,9 @@ def _override(hf_config: PreTrainedConfig, overrides: dict[str, Any]) -> None:
     unknown = [name for name in overrides if name not in known and not hasattr(hf_config, name)]
     if unknown:
         near = {n: difflib.get_close_matches(n, known, n=1) for n in unknown}
-        listed = ", ".join(n + (f" (did you mean {near[n][0]}?)" if near[n] else "") for n in unknown)
+        listed = ", ".join(
+            n + (f" (did you mean {near[n][0]}?)" if near[n] else "") for n in unknown
+        )
         raise ModelError(f"model.config_overrides: {hf_config.model_type} has no {listed}.")
     hf_config.update(overrides)
 
@@ -191,7 +203,9 @@ def _check_length(config: RunConfig, hf_config: PreTrainedConfig) -> None:
     if longest is None:
         return
     # RoBERTa's positions begin behind the padding index, so two of its embeddings are no positions.
-    offset = 2 if hf_config.model_type in ("roberta", "xlm-roberta", "camembert", "longformer") else 0
+    offset = (
+        2 if hf_config.model_type in ("roberta", "xlm-roberta", "camembert", "longformer") else 0
+    )
     if config.data.max_length > longest - offset:
         raise ModelError(
             f"data.max_length is {config.data.max_length}, but the model allows {longest - offset} positions; "
@@ -208,7 +222,10 @@ def _fit_to_tokenizer(
         return
     if config.model.model_type is not None:
         hf_config.vocab_size = len(tokenizer)
-        hf_config.bos_token_id, hf_config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+        hf_config.bos_token_id, hf_config.eos_token_id = (
+            tokenizer.bos_token_id,
+            tokenizer.eos_token_id,
+        )
     elif len(tokenizer) > hf_config.get_text_config().vocab_size:
         raise ModelError(
             f"The tokenizer has {len(tokenizer)} tokens, the model {hf_config.get_text_config().vocab_size}: "
@@ -344,7 +361,9 @@ def _insertable(model: nn.Module) -> dict[str, list[str]]:
     names = site_names(model).values()
     return {
         "embedding": [n for n in names if n.rsplit(".", 1)[-1] == "embed_tokens"],
-        "hidden": [n for n in names if n.rsplit(".", 1)[-1] in ("self_attn", "mlp") and "layers." in n],
+        "hidden": [
+            n for n in names if n.rsplit(".", 1)[-1] in ("self_attn", "mlp") and "layers." in n
+        ],
     }
 
 
@@ -355,7 +374,9 @@ def _auto_class(config: RunConfig) -> Any:
     return getattr(transformers, MODALITIES[config.model.task].auto_class)
 
 
-def _load_options(config: RunConfig, hf_config: PreTrainedConfig, plan: DropoutPlan) -> dict[str, Any]:
+def _load_options(
+    config: RunConfig, hf_config: PreTrainedConfig, plan: DropoutPlan
+) -> dict[str, Any]:
     live_attention = any(site.role == "attention" for site in plan.in_force())
     implementation = config.model.attn_implementation or ("eager" if live_attention else None)
     return {
@@ -389,7 +410,9 @@ def _load_weights(config: RunConfig, hf_config: PreTrainedConfig, plan: DropoutP
 def _check_weights(path: str, expected: str) -> None:
     file = Path(path) / "model.safetensors"
     if not file.is_file():
-        raise ModelError(f"model.weights_sha256 is given, but {path} has no model.safetensors to check.")
+        raise ModelError(
+            f"model.weights_sha256 is given, but {path} has no model.safetensors to check."
+        )
     found = sha256_of_file(file)
     if found != expected:
         raise ModelError(

@@ -38,7 +38,7 @@ ROLE_OF_ATTRIBUTE = {
     "lora_dropout": "adapter",
 }
 
-_EMBEDDING = re.compile(r"(^|\.)(embeddings?|embed_tokens|wte|drop)(\.|$)")
+_EMBEDDING = re.compile(r"(^|\.)(embeddings?|embed_tokens|emb_dropout|wte|drop)(\.|$)")
 _FEED_FORWARD = re.compile(r"(^|\.)(DenseReluDense|dense_relu_dense)(\.|$)")
 _CROSS_ATTENTION = re.compile(
     r"(^|\.)(EncDecAttention|encoder_attn|crossattention|cross_attn)(\.|$)"
