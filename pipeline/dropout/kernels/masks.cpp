@@ -1,0 +1,372 @@
+// Keyed dropout for CPU tensors: draws masks by Philox4x32-10, scales what is kept. Plain C ABI.
+//
+// Values are [samples, heads, queries, columns]; rows of features have one head. The random stream
+// comes in blocks of eight 16-bit lanes; one counter is one block. A column is one lane: its feature,
+// its group of features, or its key position. A row brings key, row id, position, threshold, scale.
+// For each stretch of a row: draw lanes into a small buffer, then mask and scale. Nothing else is
+// allocated, no generator has a state, and any thread may do any row.
+
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
+#define MASKLOCK_X86 1
+#define CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
+#include <immintrin.h>
+#else
+#define CLONES
+#endif
+#if defined(__GNUC__)
+#define INLINE inline __attribute__((always_inline))
+#else
+#define INLINE inline
+#endif
+
+namespace {
+
+template <class Value>
+Value read(const char* from) {  // what lies there may be declared as another type: copy its bytes
+    Value value;
+    std::memcpy(&value, from, sizeof value);
+    return value;
+}
+
+// ---- what Python hands over: 64-bit words, in this order (cpu.py packs them) ---------------------
+
+struct PerRow {
+    const char* data;
+    int64_t sample_stride, query_stride;  // in elements; 0 where a value is shared
+};
+
+struct Call {
+    const char* x;
+    char* y;
+    int64_t format, num_threads, head_offset, group;
+    int64_t samples, heads, queries, columns;
+    int64_t x_strides[4], y_strides[4];  // in elements
+    PerRow keys, row_ids, positions, thresholds, scales;
+    const char* key_positions;  // null: columns are features
+    int64_t key_sample_stride, key_stride;
+};
+
+enum Status { kDone, kBadKeyPosition, kBadPosition, kBadThreshold };
+
+// ---- Philox4x32-10 -------------------------------------------------------------------------------
+
+constexpr int kRounds = 10;
+constexpr int kLanes = 8;      // lanes a block
+constexpr int kWindow = 2048;  // lanes a stretch may span: two buffers stay in the L1 cache
+constexpr int kSpare = 64;     // drawing rounds up to whole vectors
+constexpr uint32_t kMultiplier0 = 0xD2511F53, kMultiplier1 = 0xCD9E8D57;
+constexpr uint32_t kWeyl0 = 0x9E3779B9, kWeyl1 = 0xBB67AE85;
+
+struct Stream {  // all of a row's counters but the block number
+    uint64_t key, row_id;
+    uint32_t position, head;
+};
+
+using Draw = void (*)(const Stream&, uint32_t first_block, int num_blocks, uint16_t* lanes);
+
+void draw_portable(const Stream& stream, uint32_t first_block, int num_blocks, uint16_t* lanes) {
+    for (int block = 0; block < num_blocks; ++block) {
+        uint32_t k0 = uint32_t(stream.key), k1 = uint32_t(stream.key >> 32);
+        uint32_t c0 = (stream.head << 20) | (first_block + block), c1 = stream.position;
+        uint32_t c2 = uint32_t(stream.row_id), c3 = uint32_t(stream.row_id >> 32);
+        for (int round = 0; round < kRounds; ++round, k0 += kWeyl0, k1 += kWeyl1) {
+            const uint64_t p0 = uint64_t(c0) * kMultiplier0, p1 = uint64_t(c2) * kMultiplier1;
+            c0 = uint32_t(p1 >> 32) ^ c1 ^ k0, c1 = uint32_t(p1);
+            c2 = uint32_t(p0 >> 32) ^ c3 ^ k1, c3 = uint32_t(p0);
+        }
+        const uint32_t words[4] = {c0, c1, c2, c3};
+        for (int i = 0; i < 4; ++i) {  // low half first, whatever the byte order
+            lanes[block * kLanes + 2 * i] = uint16_t(words[i]);
+            lanes[block * kLanes + 2 * i + 1] = uint16_t(words[i] >> 16);
+        }
+    }
+}
+
+#ifdef MASKLOCK_X86
+// One counter in each 64-bit element: the product of the low halves is one instruction (which g++ does
+// not find by itself), and what the upper halves hold meanwhile never reaches a result.
+#define DEFINE_DRAW(NAME, TARGET, BYTES, MULTIPLY, ...)                                              \
+    __attribute__((target(TARGET))) void NAME(const Stream& stream, uint32_t first_block,            \
+                                              int num_blocks, uint16_t* lanes) {                     \
+        typedef uint64_t Vector __attribute__((vector_size(BYTES)));                                 \
+        typedef int64_t Order __attribute__((vector_size(BYTES)));                                   \
+        constexpr int kWidth = BYTES / 8;                                                            \
+        const Order front = {__VA_ARGS__}, back = front + kWidth / 2;                                \
+        const Vector zero = {}, m0 = zero + kMultiplier0, m1 = zero + kMultiplier1;                  \
+        Vector count = zero + ((uint64_t(stream.head) << 20) | first_block);                         \
+        for (int i = 0; i < kWidth; ++i) count[i] += i;                                              \
+        for (int block = 0; block < num_blocks; block += kWidth, count += kWidth) {                  \
+            uint32_t k0 = uint32_t(stream.key), k1 = uint32_t(stream.key >> 32);                     \
+            Vector c0 = count, c1 = zero + stream.position;                                          \
+            Vector c2 = zero + stream.row_id, c3 = c2 >> 32;                                         \
+            _Pragma("GCC unroll 10") for (int round = 0; round < kRounds; ++round) {                 \
+                const Vector p0 = MULTIPLY(c0, m0), p1 = MULTIPLY(c2, m1);                           \
+                c0 = (p1 >> 32) ^ c1 ^ (zero + k0), c1 = p1;                                         \
+                c2 = (p0 >> 32) ^ c3 ^ (zero + k1), c3 = p0;                                         \
+                k0 += kWeyl0, k1 += kWeyl1;                                                          \
+            }                                                                                        \
+            const Vector low = (c0 & 0xFFFFFFFF) | (c1 << 32), high = (c2 & 0xFFFFFFFF) | (c3 << 32);\
+            const Vector halves[2] = {__builtin_shuffle(low, high, front),                           \
+                                      __builtin_shuffle(low, high, back)};                           \
+            std::memcpy(lanes + block * kLanes, halves, sizeof halves);                              \
+        }                                                                                            \
+    }
+#define MULTIPLY_512(a, b) (Vector) _mm512_maskz_mul_epu32(0xFF, (__m512i)(a), (__m512i)(b))
+#define MULTIPLY_256(a, b) (Vector) _mm256_mul_epu32((__m256i)(a), (__m256i)(b))
+DEFINE_DRAW(draw_avx512, "avx512f", 64, MULTIPLY_512, 0, 8, 1, 9, 2, 10, 3, 11)
+DEFINE_DRAW(draw_avx2, "avx2", 32, MULTIPLY_256, 0, 4, 1, 5)
+#endif
+
+const char* instructions() {
+#ifdef MASKLOCK_X86
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f")) return "avx512";
+    if (__builtin_cpu_supports("avx2")) return "avx2";
+#endif
+    return "default";
+}
+
+Draw fastest_draw() {
+#ifdef MASKLOCK_X86
+    if (!std::strcmp(instructions(), "avx512")) return draw_avx512;
+    if (!std::strcmp(instructions(), "avx2")) return draw_avx2;
+#endif
+    return draw_portable;
+}
+
+const Draw draw = fastest_draw();
+
+// ---- number formats: products are made wide and rounded to nearest even --------------------------
+
+INLINE uint32_t bits(float value) {
+    uint32_t result;
+    std::memcpy(&result, &value, sizeof result);
+    return result;
+}
+
+INLINE float number(uint32_t value) {
+    float result;
+    std::memcpy(&result, &value, sizeof result);
+    return result;
+}
+
+template <class Number>
+struct Native {
+    using Stored = Number;
+    using Wide = Number;
+    static INLINE Wide widen(Stored value) { return value; }
+    static INLINE Stored narrow(Wide value) { return value; }
+};
+
+struct BFloat16 {
+    using Stored = uint16_t;
+    using Wide = float;
+    static INLINE Wide widen(Stored value) { return number(uint32_t(value) << 16); }
+    static INLINE Stored narrow(Wide value) {
+        const uint32_t all = bits(value), rounded = (all + 0x7FFF + ((all >> 16) & 1)) >> 16;
+        return Stored(value != value ? 0x7FC0 : rounded);
+    }
+};
+
+struct Float16 {  // by integers: compilers of this decade differ in what they know of half precision
+    using Stored = uint16_t;
+    using Wide = float;
+    static INLINE Wide widen(Stored value) {
+        const uint32_t moved = uint32_t(value & 0x7FFF) << 13, exponent = moved & 0x0F800000;
+        const uint32_t normal = moved + 0x38000000, special = moved + 0x70000000;
+        const uint32_t tiny = bits(number(moved + 0x38800000) - number(0x38800000));
+        const uint32_t size = exponent == 0 ? tiny : exponent == 0x0F800000 ? special : normal;
+        return number(size | uint32_t(value & 0x8000) << 16);
+    }
+    static INLINE Stored narrow(Wide value) {
+        const uint32_t sign = (bits(value) >> 16) & 0x8000, size = bits(value) & 0x7FFFFFFF;
+        const uint32_t normal = (size + 0xC8000FFF + ((size >> 13) & 1)) >> 13;
+        const uint32_t tiny = bits(number(size) + 0.5f) - bits(0.5f);
+        const uint32_t large = size > 0x7F800000 ? 0x7E00 : 0x7C00;
+        const uint32_t result = size >= 0x47800000 ? large : size < 0x38800000 ? tiny : normal;
+        return Stored(result | sign);
+    }
+};
+
+template <class Format>
+INLINE void mask(const char* from, const uint16_t* lanes, uint32_t threshold, float scale, char* to,
+                 int n) {
+    using Stored = typename Format::Stored;
+    const Stored* x = reinterpret_cast<const Stored*>(from);
+    Stored* y = reinterpret_cast<Stored*>(to);
+    const typename Format::Wide factor = scale;
+    for (int i = 0; i < n; ++i) {
+        const Stored product = Format::narrow(Format::widen(x[i]) * factor);
+        y[i] = lanes[i] >= threshold ? product : Stored(0);  // a choice: NaN times 0 is not 0
+    }
+}
+
+#define DEFINE_MASK(NAME, FORMAT)                                                                    \
+    CLONES void NAME(const char* x, const uint16_t* lanes, uint32_t threshold, float scale, char* y, \
+                     int n) {                                                                        \
+        mask<FORMAT>(x, lanes, threshold, scale, y, n);                                              \
+    }
+DEFINE_MASK(mask_float32, Native<float>)
+DEFINE_MASK(mask_bfloat16, BFloat16)
+DEFINE_MASK(mask_float16, Float16)
+DEFINE_MASK(mask_float64, Native<double>)
+
+constexpr struct {
+    decltype(&mask_float32) mask;
+    int64_t bytes;
+} kFormats[] = {{mask_float32, 4}, {mask_bfloat16, 2}, {mask_float16, 2}, {mask_float64, 8}};
+
+// ---- columns: stretches whose lanes lie close together -------------------------------------------
+
+struct Stretch {
+    int64_t column, first_block;
+    int num_columns, num_blocks, offset;
+    bool contiguous;  // lanes follow one another from offset on; otherwise each is looked up
+};
+
+struct Columns {
+    std::vector<Stretch> stretches;
+    std::vector<uint16_t> lookup;  // of each column: its lane, counted from its stretch's first block
+
+    void follow(int64_t num_columns) {  // lane = column
+        for (int64_t column = 0; column < num_columns; column += kWindow) {
+            const int count = int(num_columns - column < kWindow ? num_columns - column : kWindow);
+            stretches.push_back({column, column / kLanes, count, (count + 7) / kLanes, 0, true});
+        }
+    }
+
+    template <class LaneOf>
+    bool look_up(int64_t num_columns, int64_t max_lane, LaneOf lane_of) {  // false: a lane too large
+        lookup.resize(num_columns);
+        for (int64_t column = 0; column < num_columns;) {
+            const int64_t first = column, start = lane_of(first), base = start & ~int64_t(7);
+            int64_t last = start;
+            bool contiguous = true;
+            for (; column < num_columns && column < first + kWindow; ++column) {
+                const int64_t lane = lane_of(column);
+                if (lane < 0 || lane > max_lane) return false;
+                if (lane < base || lane >= base + kWindow) break;
+                contiguous = contiguous && lane == start + column - first;
+                last = lane > last ? lane : last;
+                lookup[column] = uint16_t(lane - base);
+            }
+            stretches.push_back({first, base / kLanes, int(column - first),
+                                 int((last - base) / kLanes + 1), int(start - base), contiguous});
+        }
+        return true;
+    }
+};
+
+bool plan_columns(const Call& call, std::vector<Columns>& plans) {
+    constexpr int64_t kMaxKeyPosition = (1 << 23) - 1, kMaxFeature = int64_t(1) << 35;
+    const bool own = call.key_positions && call.key_sample_stride;
+    plans.resize(own ? call.samples : 1);
+    for (size_t sample = 0; sample < plans.size(); ++sample) {
+        const char* positions = call.key_positions + int64_t(sample) * call.key_sample_stride * 8;
+        const auto position = [&](int64_t column) {
+            return read<int64_t>(positions + column * call.key_stride * 8);
+        };
+        const auto group = [&](int64_t column) { return column / call.group; };
+        if (!call.key_positions && call.group == 1) plans[sample].follow(call.columns);
+        else if (!call.key_positions) plans[sample].look_up(call.columns, kMaxFeature, group);
+        else if (!plans[sample].look_up(call.columns, kMaxKeyPosition, position)) return false;
+    }
+    return true;
+}
+
+// ---- rows ----------------------------------------------------------------------------------------
+
+template <class Value>
+Value at(const PerRow& per_row, int64_t sample, int64_t query) {
+    const int64_t element = sample * per_row.sample_stride + query * per_row.query_stride;
+    return read<Value>(per_row.data + element * int64_t(sizeof(Value)));
+}
+
+void gather(const char* from, int64_t from_stride, char* to, int64_t to_stride, int64_t n,
+            int64_t bytes) {
+    for (int64_t i = 0; i < n; ++i)
+        std::memcpy(to + i * to_stride * bytes, from + i * from_stride * bytes, bytes);
+}
+
+struct Worker {
+    const Call& call;
+    const std::vector<Columns>& plans;
+    alignas(64) uint16_t drawn[kWindow + kSpare], picked[kWindow];
+    alignas(64) char values[kWindow * 8];
+
+    Worker(const Call& call, const std::vector<Columns>& plans) : call(call), plans(plans) {}
+
+    Status row(int64_t sample, int64_t head, int64_t query) {
+        const int64_t position = at<int64_t>(call.positions, sample, query);
+        const int64_t threshold = at<int64_t>(call.thresholds, sample, query);
+        if (position < 0 || position > 0xFFFFFFFF) return kBadPosition;
+        if (threshold < 0 || threshold > 0x10000) return kBadThreshold;
+        const float scale = at<float>(call.scales, sample, query);
+        const Stream stream = {at<uint64_t>(call.keys, sample, query),
+                               at<uint64_t>(call.row_ids, sample, query), uint32_t(position),
+                               uint32_t(head + call.head_offset)};
+        const auto format = kFormats[call.format];
+        const int64_t x_step = call.x_strides[3], y_step = call.y_strides[3];
+        const auto start = [&](const int64_t* strides) {
+            return (sample * strides[0] + head * strides[1] + query * strides[2]) * format.bytes;
+        };
+        const Columns& columns = plans[plans.size() == 1 ? 0 : sample];
+        for (const Stretch& part : columns.stretches) {
+            const int n = part.num_columns;
+            draw(stream, uint32_t(part.first_block), part.num_blocks, drawn);
+            const uint16_t* lanes = drawn + part.offset;
+            if (!part.contiguous) {
+                for (int i = 0; i < n; ++i) picked[i] = drawn[columns.lookup[part.column + i]];
+                lanes = picked;
+            }
+            const char* x = call.x + start(call.x_strides) + part.column * x_step * format.bytes;
+            char* y = call.y + start(call.y_strides) + part.column * y_step * format.bytes;
+            if (x_step != 1) gather(x, x_step, values, 1, n, format.bytes), x = values;
+            char* target = y_step == 1 ? y : values;
+            format.mask(x, lanes, uint32_t(threshold), scale, target, n);
+            if (y_step != 1) gather(values, 1, y, y_step, n, format.bytes);
+        }
+        return kDone;
+    }
+
+    Status rows(int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+            const int64_t query = i % call.queries, rest = i / call.queries;
+            if (Status status = row(rest / call.heads, rest % call.heads, query)) return status;
+        }
+        return kDone;
+    }
+};
+
+}  // namespace
+
+extern "C" {
+
+const char* masklock_instructions() { return instructions(); }
+
+void masklock_philox(uint64_t key, const uint32_t* counter, uint16_t* lanes) {
+    alignas(64) uint16_t drawn[kSpare];
+    const uint64_t row_id = uint64_t(counter[3]) << 32 | counter[2];
+    draw({key, row_id, counter[1], 0}, counter[0], 1, drawn);
+    std::memcpy(lanes, drawn, kLanes * sizeof(uint16_t));
+}
+
+int masklock_apply(const void* packed) {
+    Call call;
+    std::memcpy(&call, packed, sizeof call);
+    std::vector<Columns> plans;
+    if (!plan_columns(call, plans)) return kBadKeyPosition;
+    const int64_t num_rows = call.samples * call.heads * call.queries, parts = call.num_threads;
+    int status = kDone;
+#pragma omp parallel for num_threads(parts) schedule(static, 1) if (parts > 1) reduction(max : status)
+    for (int64_t part = 0; part < parts; ++part) {
+        Worker worker(call, plans);
+        status = worker.rows(num_rows * part / parts, num_rows * (part + 1) / parts);
+    }
+    return status;
+}
+}
