@@ -1,4 +1,4 @@
-"""Checks what only the installed transformers and peft know: their fields, optimizers and schedulers.
+"""Checks what only the installed transformers and peft know: fields, optimizers, schedulers.
 
 The heavy imports are done only where a configuration says something to check.
 """
@@ -11,9 +11,9 @@ from typing import Any
 
 from pipeline.config.problems import nearest
 from pipeline.config.schema import PeftConfig, RunConfig, TrainConfig
-from pipeline.config.strict_yaml import Path, dotted
+from pipeline.config.strict_yaml import KeyPath, dotted
 
-Problem = tuple[Path, str]
+Problem = tuple[KeyPath, str]
 
 OURS = {
     "output_dir": "the run folder is `output_dir`/`name`, both at the top level",
@@ -33,12 +33,12 @@ OURS = {
     "restore_callback_states_from_checkpoint": "a resume restores them by itself",
     "ignore_data_skip": "a resume goes on where the stream stopped",
     "gradient_accumulation_steps": "it follows from `train.global_batch_size`",
-    "auto_find_batch_size": "it would change the global batch; set `train.per_device_train_batch_size`",
+    "auto_find_batch_size": "it would change the batch; set `train.per_device_train_batch_size`",
     "remove_unused_columns": "the sample ids travel in a column of their own",
     "train_sampling_strategy": "training is one sequential stream of keyed epochs",
     "length_column_name": "training is one sequential stream of keyed epochs",
     "dataloader_drop_last": "every global batch is whole",
-    "accelerator_config": "batches are handed out so that every process sees its part of the stream",
+    "accelerator_config": "each process is handed its part of the stream",
     "average_tokens_across_devices": "losses are divided by the items of the global batch",
     "label_names": "labels come from `data.label_column_name`",
     "include_for_metrics": "evaluation keeps sums, not rows",
@@ -46,7 +46,7 @@ OURS = {
     "prediction_loss_only": "evaluation keeps sums, not rows",
     "eval_do_concat_batches": "evaluation keeps sums, not rows",
     "activation_checkpointing": "it is `train.gradient_checkpointing`",
-    "neftune_noise_alpha": "it adds noise that no planned site accounts for; use the `dropout` section",
+    "neftune_noise_alpha": "no planned site accounts for its noise; use the `dropout` section",
     "do_train": "the command says what is done",
     "do_eval": "the command says what is done",
     "do_predict": "the command says what is done",
@@ -92,8 +92,8 @@ def _choice_problem(key: str, value: str) -> list[Problem]:
     from transformers.trainer_utils import SchedulerType
     from transformers.training_args import OptimizerNames
 
-    kinds = {"lr_scheduler_type": SchedulerType, "optim": OptimizerNames}
-    known = [member.value for member in kinds[key]]
+    kind: Any = SchedulerType if key == "lr_scheduler_type" else OptimizerNames
+    known = [str(member.value) for member in kind]
     if value in known:
         return []
     hint = nearest(value, known) or f"; known: {', '.join(known)}"
@@ -104,7 +104,7 @@ def _extra_problems(extra: Mapping[str, Any]) -> list[Problem]:
     fields = _training_arguments()
     problems: list[Problem] = []
     for key, value in extra.items():
-        place: Path = ("train", "extra", key)
+        place: KeyPath = ("train", "extra", key)
         if key in TrainConfig.model_fields:
             problems.append((place, f"is a field of its own; set train.{key}"))
         elif key in OURS:
@@ -140,9 +140,7 @@ def _training_arguments() -> dict[str, Any]:
 def _peft_problems(given: Mapping[str, Any]) -> list[Problem]:
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-    classes = {
-        str(getattr(kind, "value", kind)): c for kind, c in PEFT_TYPE_TO_CONFIG_MAPPING.items()
-    }
+    classes = {str(kind.value): found for kind, found in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
     kind = given.get("peft_type", PeftConfig.model_fields["peft_type"].default)
     if kind not in classes:
         hint = nearest(str(kind), classes) or f"; known: {', '.join(sorted(classes))}"
@@ -157,7 +155,7 @@ def _peft_field_problems(peft_class: Any, values: Mapping[str, Any]) -> list[Pro
     names = [field.name for field in dataclasses.fields(peft_class) if field.init]
     problems: list[Problem] = []
     for key, value in values.items():
-        place: Path = ("peft", key)
+        place: KeyPath = ("peft", key)
         if key in OURS_IN_PEFT:
             problems.append((place, f"cannot be set here: {OURS_IN_PEFT[key]}"))
         elif key not in names:
@@ -186,7 +184,7 @@ def _hints(peft_class: Any) -> dict[str, Any]:
         return {}
 
 
-def _value_problem(place: Path, annotation: Any, value: Any) -> list[Problem]:
+def _value_problem(place: KeyPath, annotation: Any, value: Any) -> list[Problem]:
     """Whether a value fits an annotation of the library's; nothing where pydantic cannot tell."""
     from pydantic import TypeAdapter, ValidationError
     from pydantic.errors import PydanticSchemaGenerationError, PydanticUserError

@@ -1,4 +1,4 @@
-"""Reads a run's configuration from YAML and `key=value` overrides, and finds all of its problems at once."""
+"""Reads a run's configuration from YAML and `key=value` overrides; finds all problems at once."""
 
 import copy
 import hashlib
@@ -17,8 +17,7 @@ from pipeline.config.problems import (
     unknown_key,
 )
 from pipeline.config.schema import RunConfig
-from pipeline.config.strict_yaml import Document, dotted, dump_yaml, parse_yaml
-from pipeline.config.strict_yaml import Path as KeyPath
+from pipeline.config.strict_yaml import Document, KeyPath, dotted, dump_yaml, parse_yaml
 from pipeline.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,7 +32,7 @@ def load_config(
 
     Args:
         check_installed: also check what only the installed libraries know (`train.extra`, `peft`,
-            optimizer and scheduler names), which imports them when the configuration has any of these.
+            optimizer and scheduler names); imports them when the configuration has any of these.
     """
     file = _find(Path(source))
     document = parse_yaml(_read(file))
@@ -107,7 +106,7 @@ def _leaves(value: Any, path: KeyPath) -> Iterator[tuple[KeyPath, Any]]:
 
 
 class Overrides:
-    """Applies `dotted.key=value` to plain data, and remembers which paths came from the command line."""
+    """Applies `dotted.key=value` to plain data, and remembers which paths they set."""
 
     def __init__(self, data: dict[str, Any]) -> None:
         self.data = copy.deepcopy(data)
@@ -148,7 +147,7 @@ class Overrides:
 
 
 def split_key(key: str) -> KeyPath:
-    """`a.b.c` -> its parts; in dicts of single values, such as `dropout.overrides`, the rest is one key."""
+    """`a.b.c` -> its parts; below a dict of single values (`dropout.overrides`) one key."""
     parts = key.split(".")
     for length in range(1, len(parts)):
         if holds_plain_dict(tuple(parts[:length])):
@@ -178,9 +177,7 @@ def _find(source: Path) -> Path:
     if file.is_file():
         return file
     if source.is_dir():
-        raise ConfigError(
-            [f"the folder holds no {CONFIG_FILE}, so it is no run folder"], str(source)
-        )
+        raise ConfigError([f"is no run folder: it holds no {CONFIG_FILE}"], str(source))
     if file.exists():
         raise ConfigError(["is not a regular file"], str(source))
     known = sorted({str(path) for path in _candidates(source)})
@@ -189,7 +186,7 @@ def _find(source: Path) -> Path:
 
 
 def _candidates(source: Path) -> Iterator[Path]:
-    """Configurations and run folders near the place asked for, then those that come with Masklock."""
+    """Configurations and run folders near the place asked for, then those in `configs/`."""
     parent = next((parent for parent in source.parents if parent.is_dir()), Path())
     for pattern in ("*.yaml", "*.yml", "*/*.yaml"):
         yield from (path for path in parent.glob(pattern) if path.name != CONFIG_FILE)

@@ -1,4 +1,4 @@
-"""Turns what pydantic finds into sentences with a place, the value found and the nearest known key."""
+"""Turns what pydantic finds into sentences: place, value found, nearest known key."""
 
 import copy
 import difflib
@@ -11,9 +11,9 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from pipeline.config.schema import RunConfig
-from pipeline.config.strict_yaml import Path, dotted
+from pipeline.config.strict_yaml import KeyPath, dotted
 
-Origin = Callable[[Path], str]
+Origin = Callable[[KeyPath], str]
 _STUBS: dict[str, Any] = {
     "name": "name",
     "task": "text-classification",
@@ -42,8 +42,8 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {words[close[0]]}?" if close else ""
 
 
-def annotation_at(path: Path) -> Any:
-    """The annotation of the field at a path, `Any` inside open dicts, None where no field can be."""
+def annotation_at(path: KeyPath) -> Any:
+    """The annotation of the field at a path: `Any` in open dicts, None where no field can be."""
     annotation: Any = RunConfig
     for part in path:
         annotation = _step(annotation, part)
@@ -52,14 +52,14 @@ def annotation_at(path: Path) -> Any:
     return annotation
 
 
-def known_keys(path: Path) -> list[str]:
+def known_keys(path: KeyPath) -> list[str]:
     """Keys that may stand at a path; empty where keys are the user's own."""
     model = _model_of(annotation_at(path))
     return list(model.model_fields) if model else []
 
 
-def holds_plain_dict(path: Path) -> bool:
-    """Whether the keys at a path are the user's own and their values single (so that keys may hold dots)."""
+def holds_plain_dict(path: KeyPath) -> bool:
+    """Whether a path is a dict of the user's own keys (which may hold dots) and single values."""
     inner = _dict_value(annotation_at(path))
     return inner is not None and inner is not Any and _model_of(inner) is None
 
@@ -72,7 +72,7 @@ def places_of(key: str) -> list[str]:
     ]
 
 
-def unknown_key(path: Path) -> str:
+def unknown_key(path: KeyPath) -> str:
     """What to say about a key that is not known where it stands."""
     key = str(path[-1])
     known = known_keys(path[:-1])
@@ -123,7 +123,7 @@ def _dict_value(annotation: Any) -> Any:
 
 def _sentences(data: dict[str, Any], error: ValidationError, origin: Origin) -> list[str]:
     """One sentence a place; members of a union that all refuse a value share one."""
-    sentences: dict[Path, list[str]] = {}
+    sentences: dict[KeyPath, list[str]] = {}
     for item in error.errors(include_url=False):
         place = _place(data, item["loc"], item["type"])
         said = sentences.setdefault(place, [])
@@ -135,7 +135,7 @@ def _sentences(data: dict[str, Any], error: ValidationError, origin: Origin) -> 
     ]
 
 
-def _sentence(place: Path, item: Any) -> str:
+def _sentence(place: KeyPath, item: Any) -> str:
     kind, found = item["type"], item["input"]
     if kind == "extra_forbidden":
         return unknown_key(place)
@@ -157,7 +157,7 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def _place(data: Any, loc: tuple[str | int, ...], kind: str) -> Path:
+def _place(data: Any, loc: tuple[str | int, ...], kind: str) -> KeyPath:
     """The part of pydantic's location that stands in the file: it adds names of union members."""
     place: list[str | int] = []
     for part in loc:
@@ -190,7 +190,8 @@ def _pairs_behind(
 
     The broken keys are taken out, and what then turns up counts unless it speaks of one of them.
     """
-    repaired, touched = copy.deepcopy(data), set()
+    repaired = copy.deepcopy(data)
+    touched: set[str] = set()
     for item in error.errors(include_url=False):
         place = _place(data, item["loc"], item["type"])
         if not place:
@@ -214,7 +215,7 @@ def _words(sentence: str) -> set[str]:
     return set(re.findall(r"\w+", sentence))
 
 
-def _parent(data: Any, place: Path) -> Any:
+def _parent(data: Any, place: KeyPath) -> Any:
     for part in place[:-1]:
-        data = data[part] if isinstance(data, list) else data.get(part, {})
+        data = data[part]
     return data

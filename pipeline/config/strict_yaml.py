@@ -1,20 +1,20 @@
-"""YAML without its traps: what looks like a number is one, `yes` is a word, a key stands once, no tag runs code.
+"""YAML without its traps: `1e-4` is a number, `yes` is a word, a key stands once, no code runs.
 
 Scalars follow YAML 1.2 (core schema) on top of PyYAML's safe parts; every value remembers its line.
 """
 
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import yaml
 
-Path = tuple[str | int, ...]
+KeyPath = tuple[str | int, ...]
 
 MAX_NODES = 100_000
 _PREFIX = "tag:yaml.org,2002:"
-_BOOLEANS = {"true": True, "false": False}
 
 
 class StrictLoader(yaml.SafeLoader):
@@ -43,14 +43,14 @@ StrictLoader.add_implicit_resolver(
 
 
 class StrictDumper(yaml.SafeDumper):
-    """Writes what `StrictLoader` reads back equal, and what YAML 1.1 readers understand the same way."""
+    """Writes what `StrictLoader` reads back equal, and YAML 1.1 readers too."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
 
 def _represent_str(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    """Quote a word that YAML 1.2 would take for a number; the dumper quotes those of YAML 1.1 itself."""
+    """Quote words that YAML 1.2 takes for numbers; the dumper quotes those of YAML 1.1 itself."""
     node = dumper.represent_str(text)
     loader = StrictLoader("")
     if loader.resolve(yaml.ScalarNode, text, (True, False)) != f"{_PREFIX}str":
@@ -66,8 +66,28 @@ class Document:
     """Plain values of a YAML text, the line of each path, and what is wrong with it."""
 
     value: Any = None
-    lines: dict[Path, int] = field(default_factory=dict)
+    lines: dict[KeyPath, int] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+
+
+def _integer(text: str) -> int:
+    return int(text, 16) if text.startswith("0x") else int(text)
+
+
+def _finite(text: str) -> float:
+    number = float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
+    if not math.isfinite(number):
+        raise ValueError(text)
+    return number
+
+
+_SCALARS: dict[str, Callable[[str], Any]] = {
+    "str": str,
+    "null": lambda text: None,
+    "bool": lambda text: {"true": True, "false": False}[text.lower()],
+    "int": _integer,
+    "float": _finite,
+}
 
 
 def parse_yaml(text: str) -> Document:
@@ -98,7 +118,7 @@ class _Reader:
         self.document = document
         self.num_nodes = 0
 
-    def read(self, node: yaml.Node, path: Path) -> Any:
+    def read(self, node: yaml.Node, path: KeyPath) -> Any:
         self.num_nodes += 1
         if self.num_nodes > MAX_NODES:
             raise yaml.YAMLError(f"more than {MAX_NODES} values (aliases counted each time)")
@@ -111,7 +131,7 @@ class _Reader:
             return self._scalar(node, path)
         return self._refuse_tag(node, path)
 
-    def _mapping(self, node: yaml.MappingNode, path: Path) -> dict[str, Any]:
+    def _mapping(self, node: yaml.MappingNode, path: KeyPath) -> dict[str, Any]:
         values: dict[str, Any] = {}
         for key_node, value_node in node.value:
             line = key_node.start_mark.line + 1
@@ -126,54 +146,33 @@ class _Reader:
                 )
                 continue
             if key == "<<" and key_node.style is None:
-                self._problem(
-                    path, f"merge keys (<<) are not read; write the keys out (line {line})"
-                )
+                self._problem(path, f"merge keys (<<) are not read; write them out (line {line})")
                 continue
             self.document.lines[(*path, key)] = line
             values[key] = self.read(value_node, (*path, key))
         return values
 
-    def _scalar(self, node: yaml.ScalarNode, path: Path) -> Any:
+    def _scalar(self, node: yaml.ScalarNode, path: KeyPath) -> Any:
         kind = node.tag.removeprefix(_PREFIX)
-        text = node.value
+        if kind not in _SCALARS:
+            return self._refuse_tag(node, path)
         try:
-            if kind == "str":
-                return text
-            if kind == "null":
-                return None
-            if kind == "bool":
-                return _BOOLEANS[text.lower()]
-            if kind == "int":
-                return int(text, 16) if text.startswith("0x") else int(text)
-            if kind == "float":
-                return self._finite(
-                    float(text.lower().replace(".inf", "inf").replace(".nan", "nan")), node, path
-                )
+            return _SCALARS[kind](node.value)
         except (ValueError, KeyError):
-            self._problem(
-                path, f"{text[:40]!r} cannot be read as {kind} (line {node.start_mark.line + 1})"
-            )
-            return None
-        return self._refuse_tag(node, path)
-
-    def _finite(self, number: float, node: yaml.ScalarNode, path: Path) -> float:
-        if not math.isfinite(number):
             line = node.start_mark.line + 1
-            self._problem(path, f"{node.value} is not a finite number (line {line})")
-            return 0.0
-        return number
+            self._problem(path, f"{node.value[:40]} cannot be used as {kind} (line {line})")
+            return None
 
-    def _refuse_tag(self, node: yaml.Node, path: Path) -> None:
+    def _refuse_tag(self, node: yaml.Node, path: KeyPath) -> None:
         tag = node.tag.replace(_PREFIX, "!!")
         line = node.start_mark.line + 1
         self._problem(path, f"the tag {tag} is not read; write a plain value (line {line})")
 
-    def _problem(self, path: Path, sentence: str) -> None:
+    def _problem(self, path: KeyPath, sentence: str) -> None:
         self.document.problems.append(f"{dotted(path)}: {sentence}")
 
 
-def dotted(path: Path) -> str:
+def dotted(path: KeyPath) -> str:
     """`("data", "ood", "far")` -> `data.ood.far`; a key that itself holds dots is quoted."""
     parts = [f'"{part}"' if "." in str(part) else str(part) for part in path]
     return ".".join(parts) or "top level"
