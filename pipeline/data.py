@@ -1,0 +1,267 @@
+"""The rows of a run: loaded, checked, prepared for the model, laid out as one training stream."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch.utils.data import Dataset as TorchDataset
+
+from pipeline.config.schema import DataSource, RunConfig
+from pipeline.dropout.philox import permutation
+from pipeline.errors import DataError
+from pipeline.modality import MODALITIES, Modality
+from pipeline.sources import default_split, load_splits, num_shared, ranges_of, select
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+SPLITS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class RawData:
+    """Rows as they were found, with the user's own columns, checked."""
+
+    train: "Dataset"
+    validation: "Dataset"
+    test: "Dataset"
+    ood: dict[str, "Dataset"]
+    label_names: tuple[str, ...] | None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """Rows as the model takes them: inputs, `sample_id`, `text`, and `labels` for classification.
+
+    `sample_id` is the row's number in its whole split. Splits number their rows separately: masks
+    of training and of Monte-Carlo passes are drawn for different purposes, and that row 5 of two
+    splits shares its Monte-Carlo masks says nothing about either.
+    """
+
+    train: "Dataset"
+    validation: "Dataset"
+    test: "Dataset"
+    ood: dict[str, "Dataset"]
+    label_names: tuple[str, ...] | None
+    fingerprint: str
+    """sha256 over ids, inputs and labels of all splits: equal wherever the same rows are seen."""
+    notes: tuple[str, ...] = ()
+
+
+def load_raw(config: RunConfig) -> RawData:
+    """Loads every split and OOD set; one DataError lists all that is wrong with them."""
+    problems: list[str] = []
+    rows, notes = _main_splits(config, problems)
+    ood = _ood_sets(config, problems)
+    modality = MODALITIES[config.model.task]
+    names = _label_names(modality, rows, config)
+    if names is not None and len(names) < 2:
+        problems.append(f"train split: a classification needs two classes, found {names}")
+    for split, part in rows.items():
+        found = _problems(modality, part, config.data, names, modality.needs_labels)
+        problems += [f"{split} split: {problem}" for problem in found]
+    for name, part in ood.items():
+        found = _problems(modality, part, config.data.ood[name], None, needs_labels=False)
+        problems += [f"data.ood.{name}: {problem}" for problem in found]
+    if modality.one_sample_a_row and "train" in rows:
+        num_samples = min(len(rows["train"]), config.data.max_train_samples or len(rows["train"]))
+        problems += _too_few(num_samples, config.train.global_batch_size)
+    _raise_if_any(problems)
+    return RawData(**rows, ood=ood, label_names=names, notes=tuple(notes))
+
+
+def prepare_data(config: RunConfig, raw: RawData, tokenizer: Any) -> PreparedData:
+    """Tokenises every split; the limits on samples are applied here, by key."""
+    modality, data = MODALITIES[config.model.task], config.data
+    limits = {"train": data.max_train_samples}
+    notes = modality.notes(tokenizer)
+    parts = {
+        split: modality.prepare(
+            getattr(raw, split),
+            data,
+            config,
+            tokenizer,
+            raw.label_names,
+            max_samples=limits.get(split, data.max_eval_samples),
+        )
+        for split in SPLITS
+    }
+    ood = {
+        name: modality.prepare(
+            rows, data.ood[name], config, tokenizer, None, max_samples=data.max_eval_samples
+        )
+        for name, rows in raw.ood.items()
+    }
+    _raise_if_any(_too_few(len(parts["train"]), config.train.global_batch_size))
+    _raise_if_any(
+        [f"the {split} split has no samples" for split, part in parts.items() if not len(part)]
+    )
+    return PreparedData(
+        **parts,
+        ood=ood,
+        label_names=raw.label_names,
+        fingerprint=fingerprint_of(
+            {**parts, **{f"ood:{name}": part for name, part in ood.items()}}
+        ),
+        notes=(*raw.notes, *notes),
+    )
+
+
+def fingerprint_of(parts: Mapping[str, "Dataset"]) -> str:
+    """sha256 over ids, inputs and labels of named parts; independent of storage and chunking."""
+    whole = hashlib.sha256()
+    for name, rows in parts.items():
+        whole.update(f"{name}\0{len(rows)}\0".encode())
+        for column in ("sample_id", "input_ids", "labels"):
+            if column in rows.column_names:
+                whole.update(column.encode() + _digest(rows, column))
+    return whole.hexdigest()
+
+
+class TrainingStream(TorchDataset[dict[str, Any]]):
+    """Training as one sequence of num_steps x G rows; item k belongs to step k // G.
+
+    Epoch e visits the rows in the order permutation(seed, e); the n mod G rows at its end are left
+    out, others each time. An item is a function of k alone: no sampler, no cursor, so processes
+    and resumes agree by themselves.
+    """
+
+    def __init__(self, rows: "Dataset", seed: int, num_steps: int, global_batch_size: int) -> None:
+        _raise_if_any(_too_few(len(rows), global_batch_size))
+        self.rows = rows.remove_columns([name for name in ("text",) if name in rows.column_names])
+        self.seed, self.num_steps, self.global_batch_size = seed, num_steps, global_batch_size
+        self.rows_per_epoch = len(rows) // global_batch_size * global_batch_size
+        self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return self.num_steps * self.global_batch_size
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of a stream of {len(self)}")
+        epoch, place = divmod(index, self.rows_per_epoch)
+        row = self.rows[int(self._order_of(epoch)[place])]
+        return {**row, "mask_step": index // self.global_batch_size}
+
+    def _order_of(self, epoch: int) -> np.ndarray:
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, permutation(self.seed, epoch, len(self.rows))
+        return self._order
+
+
+def _main_splits(config: RunConfig, problems: list[str]) -> tuple[dict[str, "Dataset"], list[str]]:
+    """The three splits; those that cannot be had are left out and said in `problems`."""
+    if config.data.split is not None:
+        problems.append(
+            "data.split: has no effect here; use train_split, validation_split, test_split"
+        )
+    try:
+        splits = load_splits(config.data)
+    except DataError as error:
+        problems.append(f"data.path: {error}")
+        return {}, []
+    ranges = {}
+    for split in SPLITS:
+        key = f"{split}_split"
+        try:
+            ranges[split] = ranges_of(splits, getattr(config.data, key), f"data.{key}")
+        except DataError as error:
+            problems.append(str(error))
+    return {split: select(splits, parts) for split, parts in ranges.items()}, _overlaps(ranges)
+
+
+def _overlaps(ranges: Mapping[str, Any]) -> list[str]:
+    """A slice that evaluates on training rows is allowed, and said."""
+    shared = {
+        split: num_shared(ranges["train"], parts)
+        for split, parts in ranges.items()
+        if split != "train" and "train" in ranges
+    }
+    return [
+        f"{count} rows of the {split} split are training rows: it says nothing about new data"
+        for split, count in shared.items()
+        if count
+    ]
+
+
+def _ood_sets(config: RunConfig, problems: list[str]) -> dict[str, "Dataset"]:
+    sets = {}
+    for name, source in config.data.ood.items():
+        place = f"data.ood.{name}"
+        try:
+            sets[name] = _one_split(source, place)
+        except DataError as error:
+            message = str(error)
+            problems.append(message if message.startswith(place) else f"{place}: {message}")
+    return sets
+
+
+def _one_split(source: DataSource, place: str) -> "Dataset":
+    splits = load_splits(source)
+    expression = source.split or default_split(splits, f"{place}.split")
+    return select(splits, ranges_of(splits, expression, f"{place}.split"))
+
+
+def _label_names(
+    modality: Modality, rows: Mapping[str, "Dataset"], config: RunConfig
+) -> tuple[str, ...] | None:
+    if "train" not in rows or config.data.label_column_name not in rows["train"].column_names:
+        return None
+    return modality.label_names(rows["train"], config.data)
+
+
+def _problems(
+    modality: Modality,
+    rows: "Dataset",
+    source: DataSource,
+    names: tuple[str, ...] | None,
+    needs_labels: bool,
+) -> list[str]:
+    """What is wrong with the columns, and if the text is there with what they hold."""
+    needed = {"text_column_name": source.text_column_name}
+    if needs_labels:
+        needed["label_column_name"] = source.label_column_name
+    missing = {key: column for key, column in needed.items() if column not in rows.column_names}
+    existing = ", ".join(rows.column_names)
+    problems = [
+        f"there is no column {column!r}; there are: {existing}. Name the right one with {key}"
+        for key, column in missing.items()
+    ]
+    if "text_column_name" in missing:
+        return problems
+    judged = None if "label_column_name" in missing else names
+    return [*problems, *modality.problems(rows, source, judged)]
+
+
+def _too_few(num_samples: int, global_batch_size: int) -> list[str]:
+    if num_samples >= global_batch_size:
+        return []
+    return [
+        f"train.global_batch_size: one global batch takes {global_batch_size} samples, but there "
+        f"are only {num_samples} to train on; use a smaller batch or more data"
+    ]
+
+
+def _raise_if_any(problems: list[str]) -> None:
+    if problems:
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        lines = "\n".join(f"  - {problem}" for problem in problems)
+        raise DataError(f"data: {count}\n{lines}")
+
+
+def _digest(rows: "Dataset", column: str) -> bytes:
+    """Lengths and values apart, as little-endian int64: chunks and integer widths do not matter."""
+    values, lengths = hashlib.sha256(), hashlib.sha256()
+    arrow = rows.select_columns([column]).with_format("arrow")
+    for batch in arrow.iter(batch_size=10_000):
+        array = batch[column].combine_chunks()
+        if hasattr(array, "value_lengths"):
+            lengths.update(
+                array.value_lengths().to_numpy(zero_copy_only=False).astype("<i8").tobytes()
+            )
+            array = array.flatten()
+        values.update(array.to_numpy(zero_copy_only=False).astype("<i8").tobytes())
+    return values.digest() + lengths.digest()

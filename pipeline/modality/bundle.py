@@ -1,0 +1,92 @@
+"""What differs from one modality to the next, as one value a task; nobody else asks further."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from pipeline.config.schema import DataSource, RunConfig
+from pipeline.dropout.philox import permutation
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from torch import Tensor
+
+LabelNames = tuple[str, ...] | None
+
+# Which samples a limit keeps is the same under every seed, so that runs with different seeds train
+# and are judged on the same ones. Epoch -1 comes before every epoch of training: the draw is used
+# for nothing else.
+CHOICE_SEED, CHOICE_EPOCH = 0, -1
+
+
+class Prepare(Protocol):
+    """Raw rows to model inputs; see `Modality.prepare`."""
+
+    def __call__(
+        self,
+        rows: "Dataset",
+        source: DataSource,
+        config: RunConfig,
+        tokenizer: Any,
+        label_names: LabelNames,
+        *,
+        max_samples: int | None = None,
+    ) -> "Dataset": ...
+
+
+@dataclass(frozen=True)
+class Modality:
+    """Everything one task does its own way."""
+
+    task: str
+    """Hugging Face pipeline task name."""
+    auto_class: str
+    """Name of the model class in transformers."""
+    metric_names: tuple[str, ...]
+    """Metrics of evaluation during training."""
+    one_sample_a_row: bool
+    """Whether a raw row is a sample (else only preparing tells how many samples there are)."""
+    needs_labels: bool
+    """Whether training, validation and test rows carry a label column."""
+    label_names: Callable[["Dataset", DataSource], LabelNames]
+    """Names of the classes, from the training rows; None for tasks without."""
+    problems: Callable[["Dataset", DataSource, LabelNames], Iterator[str]]
+    """A sentence for each thing wrong in rows with the needed columns; labels only with names."""
+    prepare: Prepare
+    """Adds model inputs and `sample_id`, the sample's number in its whole split, and keeps `text`.
+
+    At most `max_samples` are chosen by key *after* they are numbered: a sample keeps its id, and so
+    its masks, under every limit. No labels are added without label names (an OOD set).
+    """
+    collator: Callable[[Any, RunConfig], Callable[[list[dict[str, Any]]], dict[str, "Tensor"]]]
+    """Rows to one padded batch: inputs, labels, `sample_id`, and `mask_step` if rows have it."""
+    loss: Callable[[float], Callable[[Any, "Tensor", "Tensor | int | None"], "Tensor"]]
+    """From the label smoothing: the Trainer's `compute_loss_func`, sum / items of the batch."""
+    eval_sums: Callable[["Tensor", "Tensor"], dict[str, "Tensor"]]
+    """From logits and labels of a batch: sums that add over batches and processes."""
+    eval_metrics: Callable[[Mapping[str, "Tensor"]], dict[str, float]]
+    """From the added sums: one number for each of `metric_names`."""
+    notes: Callable[[Any], list[str]]
+    """From the tokenizer: what the user should know about how rows are prepared."""
+
+
+MODALITIES: dict[str, Modality] = {}
+
+
+def register(modality: Modality) -> Modality:
+    """Makes a task known; a second bundle for the same task is a mistake."""
+    if modality.task in MODALITIES:
+        raise ValueError(
+            f"The task {modality.task!r} is registered twice. "
+            f"Tasks so far: {', '.join(MODALITIES)}. Give the new bundle its own task name."
+        )
+    MODALITIES[modality.task] = modality
+    return modality
+
+
+def chosen(num_samples: int, max_samples: int | None) -> list[int] | None:
+    """Numbers of the samples that a limit keeps, in rising order; None for all of them."""
+    if max_samples is None or max_samples >= num_samples:
+        return None
+    keep = permutation(CHOICE_SEED, CHOICE_EPOCH, num_samples)[:max_samples]
+    return sorted(int(number) for number in keep)

@@ -1,0 +1,251 @@
+"""Language: text-classification, and plain-text text-generation in blocks. Losses: `losses.py`."""
+
+from array import array
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from pipeline.config.schema import DataSource, RunConfig
+from pipeline.errors import ModelError
+from pipeline.modality import losses
+from pipeline.modality.bundle import LabelNames, Modality, chosen, register
+from pipeline.modality.labels import label_names_of, label_numbers, label_problems, row_list
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+PAD_MULTIPLE = 8  # widths that tensor cores and vector units like
+IN_MEMORY_BYTES = 2**30
+
+
+def prepare_classification(
+    rows: "Dataset",
+    source: DataSource,
+    config: RunConfig,
+    tokenizer: Any,
+    label_names: LabelNames,
+    *,
+    max_samples: int | None = None,
+) -> "Dataset":
+    """One sample a row, cut to max_length; `sample_id` is the row number."""
+    keep = chosen(len(rows), max_samples)
+    numbers = list(range(len(rows))) if keep is None else keep
+    kept = rows if keep is None else rows.select(keep)
+    labels = label_names and label_numbers(kept, source.label_column_name, label_names)
+
+    def encode(batch: dict[str, list[Any]], places: list[int]) -> dict[str, Any]:
+        texts = batch[source.text_column_name]
+        inputs = tokenizer(texts, truncation=True, max_length=config.data.max_length)
+        columns = {"text": texts, "sample_id": [numbers[place] for place in places]}
+        if labels is not None:
+            columns["labels"] = [labels[place] for place in places]
+        return columns | dict(inputs)
+
+    return _map(kept, encode)
+
+
+def prepare_blocks(
+    rows: "Dataset",
+    source: DataSource,
+    config: RunConfig,
+    tokenizer: Any,
+    label_names: LabelNames,
+    *,
+    max_samples: int | None = None,
+) -> "Dataset":
+    """Documents, each closed by the end token, joined and cut into blocks that `sample_id` counts.
+
+    The last, shorter block is kept if it predicts anything (two tokens or more). Blank rows are
+    passed over: files of lines use them as separators. `text` is the decoded block.
+    """
+    from datasets import Dataset
+
+    stream = array("q")  # 8 bytes a token: a billion tokens fit a workstation
+    for document in _documents(rows, source.text_column_name, tokenizer):
+        stream.extend(document)
+    size = config.data.max_length
+    starts = range(0, len(stream) - 1, size)  # a last block of one token would predict nothing
+    keep = chosen(len(starts), max_samples)
+    numbers = list(range(len(starts))) if keep is None else keep
+    blocks = [stream[starts[number] : starts[number] + size].tolist() for number in numbers]
+    texts = tokenizer.batch_decode(blocks)
+    return Dataset.from_dict({"text": texts, "sample_id": numbers, "input_ids": blocks})
+
+
+def collator(
+    tokenizer: Any, config: RunConfig, *, causal: bool
+) -> Callable[[list[dict[str, Any]]], dict[str, Tensor]]:
+    """Pads to the longest row, up to a multiple of 8 within max_length, on the tokenizer's side."""
+    give_padding_token(tokenizer)
+    return partial(
+        _collate,
+        padding=_padding_values(tokenizer),
+        left=tokenizer.padding_side == "left",
+        longest=config.data.max_length,
+        causal=causal,
+    )
+
+
+def give_padding_token(tokenizer: Any) -> str | None:
+    """Where there is none the end token pads: masked out, and never a label. Returns a note."""
+    if tokenizer.pad_token_id is not None:
+        return None
+    if tokenizer.eos_token is None:
+        raise ModelError(
+            f"The tokenizer {tokenizer.name_or_path or '(unnamed)'} has neither a padding nor an "
+            "end token, so rows of different length cannot share a batch. Set pad_token in its "
+            "tokenizer_config.json, or name another one with model.tokenizer_name_or_path."
+        )
+    tokenizer.pad_token = tokenizer.eos_token
+    return (
+        f"the tokenizer has no padding token: its end token {tokenizer.eos_token!r} pads, "
+        "masked out of attention and loss"
+    )
+
+
+def classification_problems(
+    rows: "Dataset", source: DataSource, label_names: LabelNames
+) -> Iterator[str]:
+    """Blank texts, and with label names everything wrong with the labels."""
+    column = source.text_column_name
+    if not _is_text(rows, column):
+        yield _not_text(rows, column)
+    elif blank := _blank_rows(rows, column):
+        yield f"column {column!r} has no text in {row_list(blank)}; fill them or leave them out"
+    if label_names is not None:
+        yield from label_problems(rows, source.label_column_name, label_names)
+
+
+def generation_problems(
+    rows: "Dataset", source: DataSource, label_names: LabelNames
+) -> Iterator[str]:
+    """Only a split without any text: blank lines are passed over."""
+    column = source.text_column_name
+    if not _is_text(rows, column):
+        yield _not_text(rows, column)
+    elif len(_blank_rows(rows, column)) == len(rows):
+        yield f"column {column!r} has no text in any of the {len(rows)} rows"
+
+
+def _documents(rows: "Dataset", column: str, tokenizer: Any) -> Iterator[list[int]]:
+    end = tokenizer.eos_token_id
+    for batch in rows.select_columns([column]).iter(batch_size=1000):
+        texts = [text for text in batch[column] if text and text.strip()]
+        if texts:
+            # verbose=False: a document longer than the model is no fault, it is cut into blocks.
+            for ids in tokenizer(texts, verbose=False)["input_ids"]:
+                yield ids if end is None or ids[-1:] == [end] else [*ids, end]
+
+
+def _collate(
+    features: list[dict[str, Any]],
+    *,
+    padding: dict[str, int],
+    left: bool,
+    longest: int,
+    causal: bool,
+) -> dict[str, Tensor]:
+    longest_row = max(len(row["input_ids"]) for row in features)
+    width = max(longest_row, min(-(-longest_row // PAD_MULTIPLE) * PAD_MULTIPLE, longest))
+
+    def pad(values: list[int], filler: int) -> list[int]:
+        fill = [filler] * (width - len(values))
+        return fill + values if left else values + fill
+
+    def column(name: str) -> list[list[int]]:
+        return [row.get(name) or [1] * len(row["input_ids"]) for row in features]
+
+    present = [name for name in padding if name in features[0] or name == "attention_mask"]
+    batch = {name: [pad(row, padding[name]) for row in column(name)] for name in present}
+    if causal:
+        # Nothing predicts a row's first token: ignored, so that labels count the predicted tokens.
+        batch["labels"] = [
+            pad([losses.IGNORED, *row["input_ids"][1:]], losses.IGNORED) for row in features
+        ]
+    scalars = [name for name in ("labels", "sample_id", "mask_step") if name in features[0]]
+    batch |= {name: [row[name] for row in features] for name in scalars}
+    return {name: torch.tensor(values, dtype=torch.int64) for name, values in batch.items()}
+
+
+def _padding_values(tokenizer: Any) -> dict[str, int]:
+    known = {"input_ids": tokenizer.pad_token_id, "token_type_ids": tokenizer.pad_token_type_id}
+    return {name: known.get(name, 0) for name in tokenizer.model_input_names}
+
+
+def _blank_rows(rows: "Dataset", column: str) -> list[int]:
+    texts = enumerate(rows[column])
+    return [row for row, text in texts if text is None or not text.strip()]
+
+
+def _is_text(rows: "Dataset", column: str) -> bool:
+    return getattr(rows.features[column], "dtype", None) in ("string", "large_string", "null")
+
+
+def _not_text(rows: "Dataset", column: str) -> str:
+    return f"column {column!r} holds {rows.features[column]}, not text; name another column"
+
+
+def _map(rows: "Dataset", encode: Callable[..., dict[str, Any]]) -> "Dataset":
+    """In memory, or if large in the Hugging Face cache: never beside the user's files."""
+    from datasets import config
+
+    small = rows.data.nbytes < IN_MEMORY_BYTES
+    cache = Path(config.HF_DATASETS_CACHE) / "masklock"
+    if not small:
+        cache.mkdir(parents=True, exist_ok=True)
+    return rows.map(
+        encode,
+        batched=True,
+        with_indices=True,
+        remove_columns=rows.column_names,
+        keep_in_memory=small,
+        load_from_cache_file=False,
+        cache_file_name=None if small else str(cache / f"{rows._fingerprint}.arrow"),
+        new_fingerprint=rows._fingerprint,  # else the tokenizer is pickled and hashed
+    )
+
+
+def _notes(tokenizer: Any) -> list[str]:
+    note = give_padding_token(tokenizer)
+    return [note] if note else []
+
+
+TEXT_CLASSIFICATION = register(
+    Modality(
+        task="text-classification",
+        auto_class="AutoModelForSequenceClassification",
+        metric_names=("loss", "accuracy", "ece"),
+        one_sample_a_row=True,
+        needs_labels=True,
+        label_names=lambda rows, source: label_names_of(rows, source.label_column_name),
+        problems=classification_problems,
+        prepare=prepare_classification,
+        collator=partial(collator, causal=False),
+        loss=losses.classification_loss,
+        eval_sums=losses.classification_sums,
+        eval_metrics=losses.classification_metrics,
+        notes=_notes,
+    )
+)
+
+TEXT_GENERATION = register(
+    Modality(
+        task="text-generation",
+        auto_class="AutoModelForCausalLM",
+        metric_names=("loss", "perplexity", "accuracy"),
+        one_sample_a_row=False,
+        needs_labels=False,
+        label_names=lambda rows, source: None,
+        problems=generation_problems,
+        prepare=prepare_blocks,
+        collator=partial(collator, causal=True),
+        loss=losses.causal_loss,
+        eval_sums=losses.causal_sums,
+        eval_metrics=losses.causal_metrics,
+        notes=_notes,
+    )
+)
