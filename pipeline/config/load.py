@@ -1,9 +1,10 @@
 """Reads a run's configuration from YAML and `key=value` overrides; finds all problems at once."""
 
 import copy
+import difflib
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,6 @@ from pipeline.config.problems import (
     config_problems,
     holds_plain_dict,
     known_keys,
-    nearest,
     unknown_key,
 )
 from pipeline.config.schema import RunConfig
@@ -180,9 +180,14 @@ def _find(source: Path) -> Path:
         raise ConfigError([f"is no run folder: it holds no {CONFIG_FILE}"], str(source))
     if file.exists():
         raise ConfigError(["is not a regular file"], str(source))
-    known = sorted({str(path) for path in _candidates(source)})
-    hint = nearest(str(source), known) or (f"; there are: {', '.join(known[:8])}" if known else "")
+    known = {path.stem: str(path) for path in _candidates(source)}
+    close = difflib.get_close_matches(source.stem, known, n=1)
+    hint = f"; did you mean {known[close[0]]}?" if close else f"; there are: {_few(known.values())}"
     raise ConfigError([f"no such file or run folder{hint}"], str(source))
+
+
+def _few(paths: Iterable[str]) -> str:
+    return ", ".join(sorted(paths)[:8]) or "none nearby"
 
 
 def _candidates(source: Path) -> Iterator[Path]:

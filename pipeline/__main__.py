@@ -1,0 +1,246 @@
+"""The command line: each command reads its arguments, starts its stage and stops. Nothing else.
+
+Stages are imported inside their command, so that `masklock --help` answers at once.
+"""
+
+import contextlib
+import importlib.util
+import json
+import logging
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from pipeline.errors import InputError, LayoutError, MasklockError
+
+if TYPE_CHECKING:
+    from pipeline.config.schema import RunConfig
+    from pipeline.records import RunFolder
+
+app = typer.Typer(
+    name="masklock",
+    help="Fine-tune with dropout masks locked to the sample; measure how far to trust the model.",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+Config = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, or a run folder.")]
+Run = Annotated[str, typer.Argument(metavar="RUN", help="A run folder, or the run's YAML file.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Values on top of it: train.max_steps=80"),
+]
+
+
+@app.command()
+def check(config: Config, overrides: Overrides = None) -> None:
+    """Find every error in configuration, data and plan before weights load."""
+    from pipeline.check import check as stage
+
+    _say(*stage(_load(config, overrides)))
+
+
+@app.command()
+def plan(
+    config: Config,
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """List every dropout site: role, variant, rate, and whether it is in force."""
+    with _stdout_for_data():
+        from pipeline.check import plan as stage
+
+        planned = stage(_load(config, overrides))
+    _say(_json(planned.to_json()) if as_json else planned.table())
+
+
+@app.command()
+def train(config: Config, overrides: Overrides = None) -> None:
+    """Train, or go on where a stopped run left off (exit 75: stopped by a signal after saving)."""
+    loaded = _load(config, overrides)
+    from pipeline.train import train as stage
+
+    raise typer.Exit(stage(loaded))
+
+
+@app.command()
+def evaluate(run: Run, overrides: Overrides = None) -> None:
+    """Deterministic and Monte-Carlo passes, calibration, out-of-distribution scores."""
+    loaded = _load(run, overrides)
+    folder = _folder(run, loaded)
+    from pipeline.evaluation.stage import evaluate as stage
+
+    _say(str(stage(folder, loaded)))
+
+
+@app.command()
+def report(run: Run) -> None:
+    """Write report.html: one file that opens offline."""
+    folder = _folder(run, _load(run))
+    from monitoring.report import write_report
+
+    _say(str(write_report(folder)))
+
+
+@app.command()
+def mask(
+    source: Annotated[str, typer.Argument(metavar="CASES.json|RUN", help="Cases, or a run.")],
+    site: Annotated[str | None, typer.Option(help="Site, as `masklock plan` names it.")] = None,
+    sample: Annotated[int | None, typer.Option(min=0, help="Sample id.")] = None,
+    step: Annotated[int | None, typer.Option(min=0, help="Optimizer step of training.")] = None,
+    mc_pass: Annotated[
+        int | None, typer.Option("--pass", min=0, help="Monte-Carlo pass of the evaluation.")
+    ] = None,
+) -> None:
+    """Print the masks of named coordinates as JSON."""
+    with _stdout_for_data():
+        if Path(source).is_file() and Path(source).suffix.lower() == ".json":
+            if (site, sample, step, mc_pass) != (None, None, None, None):
+                raise InputError("Cases carry their own coordinates: leave the options out.")
+            result = _masks_of_cases(Path(source))
+        else:
+            result = _mask_of_run(source, site, sample, step, mc_pass)
+    _say(_json(result))
+
+
+@app.command()
+def export(
+    run: Run,
+    output: Annotated[Path, typer.Argument(help="Folder to write; must not exist or be empty.")],
+) -> None:
+    """Write the weights in Hugging Face format, with an adapter merged into its base model."""
+    folder = _folder(run, _load(run))
+    from pipeline.export import export as stage
+
+    _say(str(stage(folder, output)))
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of the configuration, for editors."""
+    from pipeline.config.schema import RunConfig
+
+    _say(_json(RunConfig.model_json_schema()))
+
+
+@app.command()
+def doctor() -> None:
+    """Versions, kernel, devices: one line each with what to do (exit 1: something is broken)."""
+    from pipeline.doctor import broken, examine
+
+    with _stdout_for_data():
+        findings = examine()
+    _say(*(str(finding) for finding in findings))
+    raise typer.Exit(1 if broken(findings) else 0)
+
+
+@app.command()
+def quickstart(
+    modality: Annotated[str, typer.Option(help="Which modality to show.")] = "language",
+) -> None:
+    """The whole flow on real data found on any machine: offline, CPU, a few minutes."""
+    from pipeline.quickstart import quickstart as stage
+
+    _say(str(stage(modality)))
+
+
+def main() -> None:
+    """Run the command line; errors a user can act on are shown without a traceback."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    for package in ("pipeline", "monitoring"):
+        logging.getLogger(package).setLevel(logging.INFO)
+    try:
+        _refuse_foreign_packages()
+        app(args=[word for word in sys.argv[1:] if not _from_launcher(word)])
+    except MasklockError as error:
+        typer.echo(f"masklock: {error}", err=True)
+        sys.exit(error.exit_code)
+
+
+def _from_launcher(word: str) -> bool:
+    """deepspeed hands every process its rank as an argument, besides the environment."""
+    return word.startswith(("--local_rank=", "--local-rank="))
+
+
+def _refuse_foreign_packages() -> None:
+    """`monitoring` is a common name: another package of that name could stand in its place."""
+    root = Path(__file__).resolve().parents[1]
+    spec = importlib.util.find_spec("monitoring")
+    found = Path(spec.origin).resolve().parents[1] if spec and spec.origin else None
+    if found != root:
+        raise LayoutError(
+            f"The package monitoring was to come from {root}, but Python finds it in {found}. "
+            f"Install Masklock with `pip install -e {root}`, or rename the other package."
+        )
+
+
+def _load(source: str, overrides: list[str] | None = None) -> "RunConfig":
+    from pipeline.config.load import load_config
+
+    return load_config(source, overrides or ())
+
+
+def _folder(source: str, config: "RunConfig") -> "RunFolder":
+    from pipeline.errors import RunFolderError
+    from pipeline.records import RunFolder
+
+    given = Path(source)
+    path = given if given.is_dir() else Path(config.output_dir) / config.name
+    if not path.is_dir():
+        raise RunFolderError(
+            f"The run {config.name!r} was to be in {path}, but there is no such folder. "
+            f"Train it first: masklock train {source}"
+        )
+    return RunFolder(path)
+
+
+def _masks_of_cases(file: Path) -> dict[str, Any]:
+    from pipeline.dropout.cases import fill_cases
+
+    try:
+        document = json.loads(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{file} was to hold cases as JSON, but it cannot be read: {error}"
+        ) from None
+    return fill_cases(document)
+
+
+def _mask_of_run(
+    source: str, site: str | None, sample: int | None, step: int | None, mc_pass: int | None
+) -> dict[str, Any]:
+    if site is None or sample is None or (step is None) == (mc_pass is None):
+        raise InputError(
+            "The mask of a run needs --site NAME, --sample ID, and one of --step and --pass. "
+            "`masklock plan` lists the sites."
+        )
+    config = _load(source)
+    folder = _folder(source, config)
+    from pipeline.dropout.lookup import mask_of_run
+
+    purpose, index = ("train", step) if mc_pass is None else ("mc", mc_pass)
+    return mask_of_run(folder, config.seed, index, site, sample, purpose)
+
+
+@contextlib.contextmanager
+def _stdout_for_data() -> Iterator[None]:
+    """Whatever a library prints meanwhile goes to stderr: stdout is for what was asked."""
+    with contextlib.redirect_stdout(sys.stderr):
+        yield
+
+
+def _say(*lines: str) -> None:
+    for line in lines:
+        typer.echo(line)
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False)
+
+
+if __name__ == "__main__":
+    main()
