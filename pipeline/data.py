@@ -59,7 +59,8 @@ def load_raw(config: RunConfig) -> RawData:
     modality = MODALITIES[config.model.task]
     names = _label_names(modality, rows, config)
     if names is not None and len(names) < 2:
-        problems.append(f"train split: a classification needs two classes, found {names}")
+        found_names = ", ".join(names) or "none"
+        problems.append(f"train split: a classification needs two classes, found {found_names}")
     for split, part in rows.items():
         found = _problems(modality, part, config.data, names, modality.needs_labels)
         problems += [f"{split} split: {problem}" for problem in found]

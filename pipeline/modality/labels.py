@@ -46,8 +46,10 @@ def label_problems(rows: "Dataset", column: str, names: tuple[str, ...]) -> Iter
     if missing:
         where = row_list(missing)
         yield f"column {column!r} has no label in {where}; label these rows or leave them out"
-    first_of_type = {type(value): row for row, value in reversed(list(enumerate(values)))}
-    first_of_type.pop(type(None), None)
+    first_of_type: dict[type, int] = {}
+    for row, value in enumerate(values):
+        if value is not None:
+            first_of_type.setdefault(type(value), row)
     odd = [kind for kind in first_of_type if kind not in (str, int, bool)]
     if odd:
         example = values[first_of_type[odd[0]]]

@@ -1,4 +1,4 @@
-"""The two language tasks: rows to batches, losses against torch's own, sums against whole-set metrics."""
+"""Language tasks: rows to batches, losses against torch, sums against whole-set metrics."""
 
 import pytest
 import torch
