@@ -26,7 +26,7 @@ def label_values(rows: "Dataset", column: str) -> list[Any]:
     """A row's class name or integer; None where it is missing (null, NaN, ClassLabel -1)."""
     from datasets import ClassLabel
 
-    values = list(rows[column])
+    values = rows[column][:]
     feature = rows.features[column]
     if isinstance(feature, ClassLabel):
         return [None if _missing(value) else feature.names[value] for value in values]

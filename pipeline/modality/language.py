@@ -177,7 +177,7 @@ def _padding_values(tokenizer: Any) -> dict[str, int]:
 
 
 def _blank_rows(rows: "Dataset", column: str) -> list[int]:
-    texts = enumerate(rows[column])
+    texts = enumerate(rows[column][:])
     return [row for row, text in texts if text is None or not text.strip()]
 
 
