@@ -64,7 +64,7 @@ def train(config: Config, overrides: Overrides = None) -> None:
     loaded = _load(config, overrides)
     from pipeline.train import train as stage
 
-    raise typer.Exit(stage(loaded))
+    raise typer.Exit(stage(loaded, _say))
 
 
 @app.command()
@@ -74,7 +74,8 @@ def evaluate(run: Run, overrides: Overrides = None) -> None:
     folder = _folder(run, loaded)
     from pipeline.evaluation.stage import evaluate as stage
 
-    _say(str(stage(folder, loaded)))
+    result = stage(folder, loaded, _say)
+    _say(*result["verdict"], str(folder.report_json))
 
 
 @app.command()
@@ -143,9 +144,10 @@ def quickstart(
     modality: Annotated[str, typer.Option(help="Which modality to show.")] = "language",
 ) -> None:
     """The whole flow on real data found on any machine: offline, CPU, a few minutes."""
+    from monitoring.report import write_report
     from pipeline.quickstart import quickstart as stage
 
-    _say(str(stage(modality)))
+    _say(f"The report is {stage(modality, write_report, _say)}")
 
 
 def main() -> None:
@@ -199,14 +201,14 @@ def _folder(source: str, config: "RunConfig") -> "RunFolder":
 
 
 def _masks_of_cases(file: Path) -> dict[str, Any]:
-    from pipeline.dropout.cases import fill_cases
-
     try:
         document = json.loads(file.read_bytes())
     except (OSError, ValueError) as error:
         raise InputError(
             f"{file} was to hold cases as JSON, but it cannot be read: {error}"
         ) from None
+    from pipeline.dropout.cases import fill_cases
+
     return fill_cases(document)
 
 

@@ -53,7 +53,7 @@ class DropoutPlan:
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> "DropoutPlan":
         return DropoutPlan(
-            sites=tuple(Site(**site) for site in data["sites"]),
+            sites=tuple(Site.from_json(site) for site in data["sites"]),
             notes=tuple(data["notes"]),
             attributes=tuple(data["attributes"].items()),
         )
@@ -177,7 +177,7 @@ def _traced(blueprint: Blueprint, config: DropoutConfig) -> tuple[list[_Traced],
             in_force=False,
             reason="",
             layout=_layout(call.shape, shapes.get(_key(call))),
-            ndim=len(call.shape),
+            shape=call.shape[1:],
         )
         sites.append(_Traced(site, attribute))
     return sites, leaks

@@ -1,6 +1,7 @@
 """What a dropout site is, and which role it plays: the origin of its rate decides, one table for all families."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -65,11 +66,15 @@ class Site:
     """Why the site is not in force; empty when it is."""
     layout: str
     """Where the sample is in the tensor: `sample-first`, or why it cannot be mapped."""
-    ndim: int
-    """Number of dimensions of the tensor that is masked."""
+    shape: tuple[int, ...]
+    """Shape of the traced tensor without its sample axis: `(positions, features)`, `(heads, queries, keys)`, ..."""
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return {**asdict(self), "shape": list(self.shape)}
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> "Site":
+        return Site(**{**data, "shape": tuple(data["shape"])})
 
 
 def role_of(

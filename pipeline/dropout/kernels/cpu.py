@@ -22,7 +22,7 @@ from pipeline.errors import DropoutError
 _FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 _ROW_DTYPES = (torch.int64, torch.int64, torch.int64, torch.int64, torch.float32)
 _FEATURES = (0, 0, 0)  # columns are features, not key positions
-_pack = Struct("=36q").pack  # struct Call of masks.cpp
+_pack = Struct("=34q").pack  # struct Call of masks.cpp
 _MIN_THREADED = 1 << 15  # below this many elements, waking threads costs more than it saves
 _KNOWN_ANSWERS = (
     (0, (0, 0, 0, 0), "6627e8d5e169c58dbc57ac4c9b00dbd8"),
@@ -51,9 +51,11 @@ class Library:
         """Mask x `[B, M, D]`."""
         y = torch.empty_like(x)
         samples, queries, columns = x.shape
-        x0, x2, x3 = x.stride()
-        y0, y2, y3 = y.stride()
-        sizes = (samples, 1, queries, columns, x0, 0, x2, x3, y0, 0, y2, y3)
+        x0, x2, step = x.stride()
+        y0, y2, y_step = y.stride()
+        if columns > 1 and (step, y_step) != (1, 1):
+            return y.copy_(self.rows(x.contiguous(), per_row, group))
+        sizes = (samples, 1, queries, columns, x0, 0, x2, y0, 0, y2)
         return self._run(x, y, (0, group), sizes, per_row, _FEATURES)
 
     def attention(
@@ -61,8 +63,12 @@ class Library:
     ) -> Tensor:
         """Mask x `[B, H, Q, K]`."""
         y = torch.empty_like(x)
+        *x_strides, step = x.stride()
+        *y_strides, y_step = y.stride()
+        if x.shape[3] > 1 and (step, y_step) != (1, 1):
+            return y.copy_(self.attention(x.contiguous(), per_row, columns, head_offset))
         columns = _as(columns, torch.int64)
-        sizes = (*x.shape, *x.stride(), *y.stride())
+        sizes = (*x.shape, *x_strides, *y_strides)
         key_positions = (columns.data_ptr(), *columns.stride())
         return self._run(x, y, (head_offset, 1), sizes, per_row, key_positions)
 

@@ -6,6 +6,7 @@
 // For each stretch of a row: draw lanes into a small buffer, then mask and scale. Nothing else is
 // allocated, no generator has a state, and any thread may do any row.
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <vector>
@@ -17,26 +18,17 @@
 #else
 #define CLONES
 #endif
-#if defined(__GNUC__)
 #define INLINE inline __attribute__((always_inline))
-#else
-#define INLINE inline
-#endif
 
 namespace {
 
-template <class Value>
-Value read(const char* from) {  // what lies there may be declared as another type: copy its bytes
-    Value value;
-    std::memcpy(&value, from, sizeof value);
-    return value;
-}
-
 // ---- what Python hands over: 64-bit words, in this order (cpu.py packs them) ---------------------
 
-struct PerRow {
-    const char* data;
-    int64_t sample_stride, query_stride;  // in elements; 0 where a value is shared
+template <class Value>
+struct Table {
+    const Value* data;
+    int64_t stride0, stride1;  // in elements; 0 where a value is shared
+    Value at(int64_t i, int64_t j) const { return data[i * stride0 + j * stride1]; }
 };
 
 struct Call {
@@ -44,10 +36,10 @@ struct Call {
     char* y;
     int64_t format, num_threads, head_offset, group;
     int64_t samples, heads, queries, columns;
-    int64_t x_strides[4], y_strides[4];  // in elements
-    PerRow keys, row_ids, positions, thresholds, scales;
-    const char* key_positions;  // null: columns are features
-    int64_t key_sample_stride, key_stride;
+    int64_t x_strides[3], y_strides[3];  // in elements; columns are adjacent
+    Table<int64_t> keys, row_ids, positions, thresholds;  // by sample and query
+    Table<float> scales;
+    Table<int64_t> key_positions;  // by sample and column; no data: columns are features
 };
 
 enum Status { kDone, kBadKeyPosition, kBadPosition, kBadThreshold };
@@ -121,24 +113,21 @@ DEFINE_DRAW(draw_avx512, "avx512f", 64, MULTIPLY_512, 0, 8, 1, 9, 2, 10, 3, 11)
 DEFINE_DRAW(draw_avx2, "avx2", 32, MULTIPLY_256, 0, 4, 1, 5)
 #endif
 
-const char* instructions() {
+struct Best {
+    const char* instructions;
+    Draw draw;
+};
+
+Best best_for_this_machine() {
 #ifdef MASKLOCK_X86
     __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f")) return "avx512";
-    if (__builtin_cpu_supports("avx2")) return "avx2";
+    if (__builtin_cpu_supports("avx512f")) return {"avx512", draw_avx512};
+    if (__builtin_cpu_supports("avx2")) return {"avx2", draw_avx2};
 #endif
-    return "default";
+    return {"default", draw_portable};
 }
 
-Draw fastest_draw() {
-#ifdef MASKLOCK_X86
-    if (!std::strcmp(instructions(), "avx512")) return draw_avx512;
-    if (!std::strcmp(instructions(), "avx2")) return draw_avx2;
-#endif
-    return draw_portable;
-}
-
-const Draw draw = fastest_draw();
+const Best best = best_for_this_machine();
 
 // ---- number formats: products are made wide and rounded to nearest even --------------------------
 
@@ -231,142 +220,110 @@ struct Stretch {
 struct Columns {
     std::vector<Stretch> stretches;
     std::vector<uint16_t> lookup;  // of each column: its lane, counted from its stretch's first block
-
-    void follow(int64_t num_columns) {  // lane = column
-        for (int64_t column = 0; column < num_columns; column += kWindow) {
-            const int count = int(num_columns - column < kWindow ? num_columns - column : kWindow);
-            stretches.push_back({column, column / kLanes, count, (count + 7) / kLanes, 0, true});
-        }
-    }
-
-    template <class LaneOf>
-    bool look_up(int64_t num_columns, int64_t max_lane, LaneOf lane_of) {  // false: a lane too large
-        lookup.resize(num_columns);
-        for (int64_t column = 0; column < num_columns;) {
-            const int64_t first = column, start = lane_of(first), base = start & ~int64_t(7);
-            int64_t last = start;
-            bool contiguous = true;
-            for (; column < num_columns && column < first + kWindow; ++column) {
-                const int64_t lane = lane_of(column);
-                if (lane < 0 || lane > max_lane) return false;
-                if (lane < base || lane >= base + kWindow) break;
-                contiguous = contiguous && lane == start + column - first;
-                last = lane > last ? lane : last;
-                lookup[column] = uint16_t(lane - base);
-            }
-            stretches.push_back({first, base / kLanes, int(column - first),
-                                 int((last - base) / kLanes + 1), int(start - base), contiguous});
-        }
-        return true;
-    }
 };
 
-bool plan_columns(const Call& call, std::vector<Columns>& plans) {
-    constexpr int64_t kMaxKeyPosition = (1 << 23) - 1, kMaxFeature = int64_t(1) << 35;
-    const bool own = call.key_positions && call.key_sample_stride;
-    plans.resize(own ? call.samples : 1);
-    for (size_t sample = 0; sample < plans.size(); ++sample) {
-        const char* positions = call.key_positions + int64_t(sample) * call.key_sample_stride * 8;
-        const auto position = [&](int64_t column) {
-            return read<int64_t>(positions + column * call.key_stride * 8);
-        };
-        const auto group = [&](int64_t column) { return column / call.group; };
-        if (!call.key_positions && call.group == 1) plans[sample].follow(call.columns);
-        else if (!call.key_positions) plans[sample].look_up(call.columns, kMaxFeature, group);
-        else if (!plans[sample].look_up(call.columns, kMaxKeyPosition, position)) return false;
+bool plan(const Call& call, int64_t sample, Columns& columns) {  // false: a bad key position
+    const bool attention = call.key_positions.data;
+    const int64_t max_lane = attention ? (1 << 23) - 1 : call.columns;
+    const auto lane_of = [&](int64_t column) {
+        if (attention) return call.key_positions.at(sample, column);
+        return call.group == 1 ? column : column / call.group;
+    };
+    columns.lookup.resize(call.columns);
+    for (int64_t column = 0; column < call.columns;) {
+        const int64_t first = column, start = lane_of(first), base = start & ~int64_t(7);
+        const int64_t end = std::min(call.columns, first + kWindow);
+        int64_t last = start;
+        bool contiguous = true;
+        for (; column < end; ++column) {
+            const int64_t lane = lane_of(column);
+            if (lane < 0 || lane > max_lane) return false;
+            if (lane < base || lane >= base + kWindow) break;
+            contiguous = contiguous && lane == start + column - first;
+            last = std::max(last, lane);
+            columns.lookup[column] = uint16_t(lane - base);
+        }
+        const int num_blocks = int((last - base) / kLanes + 1);
+        columns.stretches.push_back({first, base / kLanes, int(column - first), num_blocks,
+                                     int(start - base), contiguous});
     }
     return true;
 }
 
 // ---- rows ----------------------------------------------------------------------------------------
 
-template <class Value>
-Value at(const PerRow& per_row, int64_t sample, int64_t query) {
-    const int64_t element = sample * per_row.sample_stride + query * per_row.query_stride;
-    return read<Value>(per_row.data + element * int64_t(sizeof(Value)));
-}
-
-void gather(const char* from, int64_t from_stride, char* to, int64_t to_stride, int64_t n,
-            int64_t bytes) {
-    for (int64_t i = 0; i < n; ++i)
-        std::memcpy(to + i * to_stride * bytes, from + i * from_stride * bytes, bytes);
-}
-
-struct Worker {
-    const Call& call;
-    const std::vector<Columns>& plans;
-    alignas(64) uint16_t drawn[kWindow + kSpare], picked[kWindow];
-    alignas(64) char values[kWindow * 8];
-
-    Worker(const Call& call, const std::vector<Columns>& plans) : call(call), plans(plans) {}
-
-    Status row(int64_t sample, int64_t head, int64_t query) {
-        const int64_t position = at<int64_t>(call.positions, sample, query);
-        const int64_t threshold = at<int64_t>(call.thresholds, sample, query);
-        if (position < 0 || position > 0xFFFFFFFF) return kBadPosition;
-        if (threshold < 0 || threshold > 0x10000) return kBadThreshold;
-        const float scale = at<float>(call.scales, sample, query);
-        const Stream stream = {at<uint64_t>(call.keys, sample, query),
-                               at<uint64_t>(call.row_ids, sample, query), uint32_t(position),
-                               uint32_t(head + call.head_offset)};
-        const auto format = kFormats[call.format];
-        const int64_t x_step = call.x_strides[3], y_step = call.y_strides[3];
-        const auto start = [&](const int64_t* strides) {
-            return (sample * strides[0] + head * strides[1] + query * strides[2]) * format.bytes;
-        };
-        const Columns& columns = plans[plans.size() == 1 ? 0 : sample];
-        for (const Stretch& part : columns.stretches) {
-            const int n = part.num_columns;
-            draw(stream, uint32_t(part.first_block), part.num_blocks, drawn);
-            const uint16_t* lanes = drawn + part.offset;
-            if (!part.contiguous) {
-                for (int i = 0; i < n; ++i) picked[i] = drawn[columns.lookup[part.column + i]];
-                lanes = picked;
-            }
-            const char* x = call.x + start(call.x_strides) + part.column * x_step * format.bytes;
-            char* y = call.y + start(call.y_strides) + part.column * y_step * format.bytes;
-            if (x_step != 1) gather(x, x_step, values, 1, n, format.bytes), x = values;
-            char* target = y_step == 1 ? y : values;
-            format.mask(x, lanes, uint32_t(threshold), scale, target, n);
-            if (y_step != 1) gather(values, 1, y, y_step, n, format.bytes);
-        }
-        return kDone;
-    }
-
-    Status rows(int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) {
-            const int64_t query = i % call.queries, rest = i / call.queries;
-            if (Status status = row(rest / call.heads, rest % call.heads, query)) return status;
-        }
-        return kDone;
-    }
+struct Buffers {
+    alignas(64) uint16_t drawn[kWindow + kSpare];
+    alignas(64) uint16_t picked[kWindow];
 };
+
+const uint16_t* draw(const Stream& stream, const Columns& columns, const Stretch& part,
+                     Buffers& buffers) {
+    best.draw(stream, uint32_t(part.first_block), part.num_blocks, buffers.drawn);
+    if (part.contiguous) return buffers.drawn + part.offset;
+    for (int i = 0; i < part.num_columns; ++i)
+        buffers.picked[i] = buffers.drawn[columns.lookup[part.column + i]];
+    return buffers.picked;
+}
+
+Status mask_row(const Call& call, const Columns& columns, int64_t sample, int64_t head,
+                int64_t query, Buffers& buffers) {
+    const int64_t position = call.positions.at(sample, query);
+    const int64_t threshold = call.thresholds.at(sample, query);
+    if (position < 0 || position > 0xFFFFFFFF) return kBadPosition;
+    if (threshold < 0 || threshold > 0x10000) return kBadThreshold;
+    const Stream stream = {uint64_t(call.keys.at(sample, query)),
+                           uint64_t(call.row_ids.at(sample, query)), uint32_t(position),
+                           uint32_t(head + call.head_offset)};
+    const float scale = call.scales.at(sample, query);
+    const auto format = kFormats[call.format];
+    const auto start = [&](const int64_t* strides, const Stretch& part) {
+        const int64_t row = sample * strides[0] + head * strides[1] + query * strides[2];
+        return (row + part.column) * format.bytes;
+    };
+    for (const Stretch& part : columns.stretches)
+        format.mask(call.x + start(call.x_strides, part), draw(stream, columns, part, buffers),
+                    uint32_t(threshold), scale, call.y + start(call.y_strides, part),
+                    part.num_columns);
+    return kDone;
+}
+
+Status mask_rows(const Call& call, const std::vector<Columns>& plans, int64_t begin, int64_t end) {
+    Buffers buffers;
+    for (int64_t i = begin; i < end; ++i) {
+        const int64_t query = i % call.queries, head = i / call.queries % call.heads;
+        const int64_t sample = i / (call.queries * call.heads);
+        const Columns& columns = plans[plans.size() == 1 ? 0 : sample];
+        if (Status status = mask_row(call, columns, sample, head, query, buffers)) return status;
+    }
+    return kDone;
+}
 
 }  // namespace
 
 extern "C" {
 
-const char* masklock_instructions() { return instructions(); }
+const char* masklock_instructions() { return best.instructions; }
 
 void masklock_philox(uint64_t key, const uint32_t* counter, uint16_t* lanes) {
     alignas(64) uint16_t drawn[kSpare];
     const uint64_t row_id = uint64_t(counter[3]) << 32 | counter[2];
-    draw({key, row_id, counter[1], 0}, counter[0], 1, drawn);
-    std::memcpy(lanes, drawn, kLanes * sizeof(uint16_t));
+    best.draw({key, row_id, counter[1], 0}, counter[0], 1, drawn);
+    std::copy(drawn, drawn + kLanes, lanes);
 }
 
 int masklock_apply(const void* packed) {
     Call call;
     std::memcpy(&call, packed, sizeof call);
-    std::vector<Columns> plans;
-    if (!plan_columns(call, plans)) return kBadKeyPosition;
+    const bool own_columns = call.key_positions.data && call.key_positions.stride0;
+    std::vector<Columns> plans(own_columns ? call.samples : 1);
+    for (size_t sample = 0; sample < plans.size(); ++sample)
+        if (!plan(call, int64_t(sample), plans[sample])) return kBadKeyPosition;
     const int64_t num_rows = call.samples * call.heads * call.queries, parts = call.num_threads;
     int status = kDone;
 #pragma omp parallel for num_threads(parts) schedule(static, 1) if (parts > 1) reduction(max : status)
-    for (int64_t part = 0; part < parts; ++part) {
-        Worker worker(call, plans);
-        status = worker.rows(num_rows * part / parts, num_rows * (part + 1) / parts);
-    }
+    for (int64_t part = 0; part < parts; ++part)
+        status = mask_rows(call, plans, num_rows * part / parts, num_rows * (part + 1) / parts);
     return status;
 }
 }

@@ -1,0 +1,97 @@
+"""The mask of named coordinates of a run: what site, step and sample say, without model or data."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.dropout.kernels import attention, rows
+from pipeline.dropout.key import derive_key
+from pipeline.dropout.philox import scale, threshold
+from pipeline.dropout.plan import DropoutPlan
+from pipeline.dropout.sites import Site
+from pipeline.dropout.variants import find_variant
+from pipeline.errors import DropoutError, RunFolderError
+from pipeline.records import RunFolder
+
+
+def mask_of_run(
+    run: RunFolder, seed: int, index: int, site: str, sample: int, purpose: str
+) -> dict[str, Any]:
+    """The mask that a planned site draws for one sample, for the positions of the traced shape.
+
+    Args:
+        run: the run folder; its plan.json names the sites.
+        seed: the run's seed.
+        index: optimizer step (`train`) or Monte-Carlo pass (`mc`), from 0.
+        site: name of the site, `NAME` or `NAME#call`.
+        sample: sample id.
+        purpose: `train` or `mc`.
+
+    Returns:
+        The coordinates, the key, and `keep`: 1 where an element stays, nested as
+        [positions][features], or [heads][queries][keys] for attention.
+    """
+    if not run.plan.is_file():
+        raise RunFolderError(f"{run.path} has no plan.json: train the run first.")
+    plan = DropoutPlan.from_json(json.loads(run.plan.read_text(encoding="utf-8")))
+    found = _find(plan, site)
+    key = derive_key(seed, purpose, index, found.variant, found.site, found.call)
+    keep = _keep(found, key, sample)
+    return {
+        **_coordinates(found, seed, purpose, index, sample),
+        "key": f"{key:016x}",
+        "threshold": threshold(found.rate),
+        "scale": scale(threshold(found.rate)),
+        "keep": keep.int().tolist(),
+        "kept": int(keep.sum()),
+    }
+
+
+def _find(plan: DropoutPlan, name: str) -> Site:
+    found = [s for s in plan.in_force() if name in (s.site, f"{s.site}#{s.call}")]
+    if not found:
+        live = ", ".join(f"{s.site}#{s.call}" for s in plan.in_force()[:5])
+        raise DropoutError(
+            f"No site {name!r} is in force in this run's plan. The first of those that are: {live}."
+        )
+    if len(found) > 1:
+        calls = ", ".join(f"{s.site}#{s.call} ({s.role})" for s in found)
+        raise DropoutError(f"The site {name!r} draws more than once: {calls}. Name one of them.")
+    return found[0]
+
+
+def _coordinates(site: Site, seed: int, purpose: str, index: int, sample: int) -> Mapping[str, Any]:
+    return {
+        "seed": seed,
+        "purpose": purpose,
+        "index": index,
+        "variant": site.variant,
+        "site": site.site,
+        "call": site.call,
+        "role": site.role,
+        "rate": site.rate,
+        "sample_id": sample,
+    }
+
+
+def _keep(site: Site, key: int, sample: int) -> Tensor:
+    t = threshold(site.rate)
+    row = [torch.tensor([[_signed(value)]]) for value in (key, sample)]
+    limits = (torch.tensor([[t]]), torch.ones(1, 1))
+    if find_variant(site.variant).kernel == "attention":
+        heads, queries, keys = site.shape[-3:]
+        ones = torch.ones(1, heads, queries, keys)
+        places = torch.arange(queries)[None], torch.arange(keys)[None]
+        return attention(ones, *row, *places, *limits)[0] > 0
+    variant, features = find_variant(site.variant), site.shape[-1]
+    length = 1 if len(site.shape) == 1 else site.shape[-2]
+    positions = torch.tensor([[variant.position(place) for place in range(length)]])
+    group = variant.group(features, 1)
+    return rows(torch.ones(1, length, features), *row, positions, *limits, group)[0] > 0
+
+
+def _signed(value: int) -> int:
+    return value - (1 << 64) if value >> 63 else value

@@ -1,0 +1,46 @@
+"""Writes a run's weights as one plain Hugging Face model, with an adapter merged into its base."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+from pipeline.config.load import load_config
+from pipeline.dropout.plan import DropoutPlan
+from pipeline.errors import RunFolderError
+from pipeline.model import load_tokenizer, load_trained
+from pipeline.records import RunFolder
+
+
+def export(run: RunFolder, output: Path) -> Path:
+    """Merge and save; the folder appears only once it is whole.
+
+    Raises:
+        RunFolderError: the run has no trained model, or the folder holds something.
+    """
+    if not run.model.is_dir():
+        raise RunFolderError(f"{run.path} holds no trained model: train the run to its end first.")
+    if output.exists() and any(output.iterdir()):
+        raise RunFolderError(f"{output} is not empty; name a new folder to export to.")
+    config = load_config(run.path)
+    plan = DropoutPlan.from_json(json.loads(run.plan.read_text(encoding="utf-8")))
+    own = config.model.model_copy(update={"tokenizer_name_or_path": str(run.model)})
+    tokenizer = load_tokenizer(config.model_copy(update={"model": own}), [])
+    model = load_trained(run.model, config, _label_names(run), plan, tokenizer)
+    if config.peft is not None:
+        model = model.merge_and_unload()
+    unfinished = output.with_name(f".{output.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    model.save_pretrained(unfinished)
+    tokenizer.save_pretrained(unfinished)
+    if output.exists():
+        output.rmdir()
+    os.replace(unfinished, output)
+    return output
+
+
+def _label_names(run: RunFolder) -> tuple[str, ...] | None:
+    """The class names as the evaluation found them in the data."""
+    from pipeline.data import load_raw
+
+    return load_raw(load_config(run.path)).label_names

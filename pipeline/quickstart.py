@@ -1,0 +1,36 @@
+"""The whole flow on data found on any machine: train, evaluate, report."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from pipeline.config.load import load_config
+from pipeline.errors import InputError
+from pipeline.records import RunFolder
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+QUICKSTARTS = {"language": CONFIGS / "language" / "quickstart.yaml"}
+
+
+def quickstart(
+    modality: str, report: Callable[[RunFolder], Path], say: Callable[[str], None]
+) -> Path:
+    """Run it; return the report.
+
+    Args:
+        modality: one of QUICKSTARTS.
+        report: writes the report of a run folder (monitoring is above this package).
+        say: receives what the user should read.
+    """
+    if modality not in QUICKSTARTS:
+        known = ", ".join(QUICKSTARTS)
+        raise InputError(f"There is no quickstart for {modality!r} yet; there is one for: {known}.")
+    config = load_config(QUICKSTARTS[modality])
+    from pipeline.evaluation.stage import evaluate
+    from pipeline.train import train
+
+    code = train(config, say)
+    if code != 0:
+        raise SystemExit(code)
+    run = RunFolder(Path(config.output_dir) / config.name)
+    evaluate(run, config, say)
+    return report(run)
