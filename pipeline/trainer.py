@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 from transformers import PrinterCallback, Trainer, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.utils import logging as hf_logging
 
 from pipeline import checkpoint, parallel
 from pipeline.callbacks import Meter
@@ -173,7 +174,8 @@ class LockedTrainer(Trainer):
 
     def _save(self, output_dir=None, state_dict=None):
         """Weights without the pickle of the arguments: nothing here needs unpickling to be read."""
-        super()._save(output_dir, state_dict)
+        with quiet_bars():
+            super()._save(output_dir, state_dict)
         if self.args.should_save:
             (Path(output_dir or self.args.output_dir) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
 
@@ -243,6 +245,18 @@ def non_finite_rows(loss: Tensor, logits: Tensor, sample_ids: Tensor) -> list[in
     bad = ~torch.isfinite(logits.detach()).flatten(1).all(1)
     rows = sample_ids[bad] if bool(bad.any()) else sample_ids
     return [int(row) for row in rows]
+
+
+@contextmanager
+def quiet_bars() -> Iterator[None]:
+    """No bar of its own for every file that is saved: it would tear our bar apart."""
+    was_on = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_on:
+            hf_logging.enable_progress_bar()
 
 
 @contextmanager

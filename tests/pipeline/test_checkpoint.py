@@ -1,4 +1,4 @@
-"""A checkpoint exists once its manifest verifies; torn ones are named; rotation follows the commit."""
+"""A checkpoint exists once its manifest verifies; torn ones are named; rotation comes last."""
 
 import errno
 import json
