@@ -10,11 +10,10 @@ from typing import Any
 
 from pipeline.config.problems import (
     Origin,
-    annotation_at,
     config_problems,
     holds_plain_dict,
     known_keys,
-    unknown_key,
+    takes_any_key,
 )
 from pipeline.config.schema import RunConfig
 from pipeline.config.strict_yaml import Document, KeyPath, dotted, dump_yaml, parse_yaml
@@ -131,16 +130,18 @@ class Overrides:
         return self._set(path, document.value)
 
     def _set(self, path: KeyPath, value: Any) -> list[str]:
-        for length in range(1, len(path) + 1):
-            if annotation_at(path[:length]) is None:
-                return [f"{dotted(path)}: {_unknown(path[:length])} (command line)"]
         place: Any = self.data
-        for part in path[:-1]:
+        for length, part in enumerate(path[:-1], start=1):
+            if not (known_keys(path[:length]) or takes_any_key(path[:length])):
+                known = known_keys(path[: length - 1])
+                if part in known or not known:
+                    return [f"{dotted(path)}: {_has_no_keys(path[:length])} (command line)"]
             if place.get(part) is None:
                 place[part] = {}
+                self.paths.add(path[:length])
             place = place[part]
             if not isinstance(place, dict):
-                return [f"{dotted(path)}: {part} is not a mapping, it is {place!r} (command line)"]
+                return [f"{dotted(path)}: {_has_no_keys(path[:length])} (command line)"]
         place[path[-1]] = value
         self.paths.add(path)
         return []
@@ -155,10 +156,8 @@ def split_key(key: str) -> KeyPath:
     return tuple(parts)
 
 
-def _unknown(path: KeyPath) -> str:
-    if known_keys(path[:-1]):
-        return unknown_key(path)
-    return f"{dotted(path[:-1])} is a single value and has no keys"
+def _has_no_keys(path: KeyPath) -> str:
+    return f"{dotted(path)} is a single value and has no keys"
 
 
 def _origin(path: KeyPath, document: Document, overridden: set[KeyPath]) -> str:

@@ -64,6 +64,12 @@ def holds_plain_dict(path: KeyPath) -> bool:
     return inner is not None and inner is not Any and _model_of(inner) is None
 
 
+def takes_any_key(path: KeyPath) -> bool:
+    """Whether the keys at a path are the user's own."""
+    annotation = annotation_at(path)
+    return annotation is Any or _dict_value(annotation) is not None
+
+
 def places_of(key: str) -> list[str]:
     """Dotted places at which a key of this name is known."""
     found = [key] if key in RunConfig.model_fields else []

@@ -55,6 +55,8 @@ def _represent_str(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
     loader = StrictLoader("")
     if loader.resolve(yaml.ScalarNode, text, (True, False)) != f"{_PREFIX}str":
         node.style = "'"
+    elif any(mark in text for mark in "\n\r\x85\u2028\u2029"):
+        node.style = '"'  # the other styles fold line breaks that are not plain ones
     return node
 
 
