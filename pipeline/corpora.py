@@ -1,7 +1,7 @@
 """Corpora that every machine carries: today the functions of Python's own standard library.
 
 Read from the running interpreter's library folder, source files only; nothing is imported,
-downloaded or cached.
+downloaded or kept. Rows differ a little from one version of Python to the next.
 """
 
 import ast

@@ -12,6 +12,7 @@ from pipeline.config.schema import DataSource, RunConfig
 from pipeline.dropout.philox import permutation
 from pipeline.errors import DataError
 from pipeline.modality import MODALITIES, Modality
+from pipeline.modality.bundle import LabelNames
 from pipeline.sources import default_split, load_splits, num_shared, ranges_of, select
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ class RawData:
     validation: "Dataset"
     test: "Dataset"
     ood: dict[str, "Dataset"]
-    label_names: tuple[str, ...] | None
+    label_names: LabelNames
     notes: tuple[str, ...] = ()
 
 
@@ -45,7 +46,7 @@ class PreparedData:
     validation: "Dataset"
     test: "Dataset"
     ood: dict[str, "Dataset"]
-    label_names: tuple[str, ...] | None
+    label_names: LabelNames
     fingerprint: str
     """sha256 over ids, inputs and labels of all splits: equal wherever the same rows are seen."""
     notes: tuple[str, ...] = ()
@@ -59,14 +60,15 @@ def load_raw(config: RunConfig) -> RawData:
     modality = MODALITIES[config.model.task]
     names = _label_names(modality, rows, config)
     if names is not None and len(names) < 2:
-        found_names = ", ".join(names) or "none"
-        problems.append(f"train split: a classification needs two classes, found {found_names}")
+        found = ", ".join(names) or "none"
+        problems.append(f"train split: a classification needs two classes, found {found}")
     for split, part in rows.items():
-        found = _problems(modality, part, config.data, names, modality.needs_labels)
-        problems += [f"{split} split: {problem}" for problem in found]
+        needs_labels = modality.needs_labels
+        problems += _problems(modality, part, config.data, names, needs_labels, f"{split} split")
     for name, part in ood.items():
-        found = _problems(modality, part, config.data.ood[name], None, needs_labels=False)
-        problems += [f"data.ood.{name}: {problem}" for problem in found]
+        problems += _problems(
+            modality, part, config.data.ood[name], None, False, f"data.ood.{name}"
+        )
     if modality.one_sample_a_row and "train" in rows:
         num_samples = min(len(rows["train"]), config.data.max_train_samples or len(rows["train"]))
         problems += _too_few(num_samples, config.train.global_batch_size)
@@ -77,37 +79,25 @@ def load_raw(config: RunConfig) -> RawData:
 def prepare_data(config: RunConfig, raw: RawData, tokenizer: Any) -> PreparedData:
     """Tokenises every split; the limits on samples are applied here, by key."""
     modality, data = MODALITIES[config.model.task], config.data
-    limits = {"train": data.max_train_samples}
-    notes = modality.notes(tokenizer)
+
+    def prepare(
+        rows: "Dataset", source: DataSource, names: LabelNames, limit: int | None
+    ) -> "Dataset":
+        return modality.prepare(rows, source, config, tokenizer, names, max_samples=limit)
+
+    names, limit = raw.label_names, data.max_eval_samples
+    notes = (*raw.notes, *modality.notes(tokenizer))
     parts = {
-        split: modality.prepare(
-            getattr(raw, split),
-            data,
-            config,
-            tokenizer,
-            raw.label_names,
-            max_samples=limits.get(split, data.max_eval_samples),
-        )
-        for split in SPLITS
+        "train": prepare(raw.train, data, names, data.max_train_samples),
+        "validation": prepare(raw.validation, data, names, limit),
+        "test": prepare(raw.test, data, names, limit),
     }
-    ood = {
-        name: modality.prepare(
-            rows, data.ood[name], config, tokenizer, None, max_samples=data.max_eval_samples
-        )
-        for name, rows in raw.ood.items()
-    }
-    _raise_if_any(_too_few(len(parts["train"]), config.train.global_batch_size))
-    _raise_if_any(
-        [f"the {split} split has no samples" for split, part in parts.items() if not len(part)]
-    )
+    ood = {name: prepare(rows, data.ood[name], None, limit) for name, rows in raw.ood.items()}
+    every = parts | {f"ood.{name}": part for name, part in ood.items()}
+    empty = [f"{name}: there is not one sample" for name, part in every.items() if not len(part)]
+    _raise_if_any(empty + _too_few(len(parts["train"]), config.train.global_batch_size))
     return PreparedData(
-        **parts,
-        ood=ood,
-        label_names=raw.label_names,
-        fingerprint=fingerprint_of(
-            {**parts, **{f"ood:{name}": part for name, part in ood.items()}}
-        ),
-        notes=(*raw.notes, *notes),
+        **parts, ood=ood, label_names=names, fingerprint=fingerprint_of(every), notes=notes
     )
 
 
@@ -208,7 +198,7 @@ def _one_split(source: DataSource, place: str) -> "Dataset":
 
 def _label_names(
     modality: Modality, rows: Mapping[str, "Dataset"], config: RunConfig
-) -> tuple[str, ...] | None:
+) -> LabelNames:
     if "train" not in rows or config.data.label_column_name not in rows["train"].column_names:
         return None
     return modality.label_names(rows["train"], config.data)
@@ -218,10 +208,13 @@ def _problems(
     modality: Modality,
     rows: "Dataset",
     source: DataSource,
-    names: tuple[str, ...] | None,
+    names: LabelNames,
     needs_labels: bool,
+    place: str,
 ) -> list[str]:
     """What is wrong with the columns, and if the text is there with what they hold."""
+    if not len(rows):
+        return [f"{place}: there are no rows"]
     needed = {"text_column_name": source.text_column_name}
     if needs_labels:
         needed["label_column_name"] = source.label_column_name
@@ -231,10 +224,10 @@ def _problems(
         f"there is no column {column!r}; there are: {existing}. Name the right one with {key}"
         for key, column in missing.items()
     ]
-    if "text_column_name" in missing:
-        return problems
-    judged = None if "label_column_name" in missing else names
-    return [*problems, *modality.problems(rows, source, judged)]
+    if "text_column_name" not in missing:
+        judged = None if "label_column_name" in missing else names
+        problems += modality.problems(rows, source, judged)
+    return [f"{place}: {problem}" for problem in problems]
 
 
 def _too_few(num_samples: int, global_batch_size: int) -> list[str]:

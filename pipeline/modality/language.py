@@ -209,9 +209,18 @@ def _map(rows: "Dataset", encode: Callable[..., dict[str, Any]]) -> "Dataset":
     )
 
 
-def _notes(tokenizer: Any) -> list[str]:
+def classification_notes(tokenizer: Any) -> list[str]:
+    """How rows are padded, where that is not the tokenizer's own way."""
     note = give_padding_token(tokenizer)
     return [note] if note else []
+
+
+def generation_notes(tokenizer: Any) -> list[str]:
+    """The same, and how documents are parted."""
+    notes = classification_notes(tokenizer)
+    if tokenizer.eos_token is None:
+        notes.append("the tokenizer has no end token: documents are joined without one")
+    return notes
 
 
 TEXT_CLASSIFICATION = register(
@@ -228,7 +237,7 @@ TEXT_CLASSIFICATION = register(
         loss=losses.classification_loss,
         eval_sums=losses.classification_sums,
         eval_metrics=losses.classification_metrics,
-        notes=_notes,
+        notes=classification_notes,
     )
 )
 
@@ -246,6 +255,6 @@ TEXT_GENERATION = register(
         loss=losses.causal_loss,
         eval_sums=losses.causal_sums,
         eval_metrics=losses.causal_metrics,
-        notes=_notes,
+        notes=generation_notes,
     )
 )

@@ -184,6 +184,12 @@ def test_real_numbers_are_no_labels(tmp_path):
     assert "holds float values such as 0.5" in problems_of(make_config(source))
 
 
+def test_a_split_without_rows_is_an_error(tmp_path):
+    source = saved(tmp_path / "d", **all_splits([0, 1]))
+    message = problems_of(make_config(source, test_split="test[:0]"))
+    assert "test split: there are no rows" in message
+
+
 def test_a_column_of_numbers_is_no_text(tmp_path):
     source = saved(tmp_path / "d", **all_splits([0, 1], texts=[1, 2]))
     assert "column 'text' holds Value('int64'), not text" in problems_of(make_config(source))

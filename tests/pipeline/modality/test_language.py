@@ -137,6 +137,10 @@ def test_a_tokenizer_without_padding_token_pads_with_its_end_token_and_says_so()
     assert batch["attention_mask"][1].tolist() == [1, 0, 0, 0, 0, 0]
 
 
+def test_documents_joined_without_an_end_token_are_said():
+    assert "no end token" in GENERATION.notes(make_tokenizer(pad_token="<pad>"))[0]
+
+
 def test_a_tokenizer_without_padding_and_end_token_is_an_error():
     with pytest.raises(ModelError, match="neither a padding nor an end token"):
         GENERATION.collator(make_tokenizer(cls_token="a"), make_config())
