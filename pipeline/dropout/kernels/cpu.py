@@ -8,6 +8,7 @@ import ctypes
 import os
 import warnings
 from functools import cache
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from struct import Struct
 
@@ -16,35 +17,37 @@ import torch
 from torch import Tensor
 
 from pipeline.dropout.kernels import reference
-from pipeline.dropout.philox import lanes, philox4x32_10
+from pipeline.dropout.key import signed
+from pipeline.dropout.philox import lanes
 from pipeline.errors import DropoutError
 
 _FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 _ROW_DTYPES = (torch.int64, torch.int64, torch.int64, torch.int64, torch.float32)
 _FEATURES = (0, 0, 0)  # columns are features, not key positions
-_pack = Struct("=34q").pack  # struct Call of masks.cpp
+_CALL = Struct("=34q")  # struct Call of masks.cpp
+_pack = _CALL.pack
 _MIN_THREADED = 1 << 15  # below this many elements, waking threads costs more than it saves
-_KNOWN_ANSWERS = (
-    (0, (0, 0, 0, 0), "6627e8d5e169c58dbc57ac4c9b00dbd8"),
-    (2**64 - 1, (2**32 - 1,) * 4, "408f276d41c83b0ea20bc7c66d5451fd"),
+_KNOWN_ANSWERS = (  # of Random123: key, counter, words
+    (0, (0, 0, 0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+    (2**64 - 1, (2**32 - 1,) * 4, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
     (
         0x299F31D0A4093822,
         (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
-        "d16cfe0994fdcceb5001e42024126ea1",
+        (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
     ),
 )
 
 
 class Library:
-    """The loaded shared object; its `rows` and `attention` take what those of the reference take."""
+    """The loaded shared object; `rows` and `attention` take what those of the reference take."""
 
     def __init__(self, path: Path) -> None:
         handle = ctypes.CDLL(str(path))
+        if handle.masklock_call_bytes() != _CALL.size:
+            raise OSError("it was built from another version of masks.cpp")
         handle.masklock_instructions.restype = ctypes.c_char_p
         handle.masklock_apply.argtypes = [ctypes.c_char_p]
-        handle.masklock_philox.argtypes = [ctypes.c_uint64, ctypes.c_char_p, ctypes.c_char_p]
         self._apply = handle.masklock_apply
-        self._philox = handle.masklock_philox
         self.instructions: str = handle.masklock_instructions().decode()
 
     def rows(self, x: Tensor, per_row: tuple[Tensor, ...], group: int) -> Tensor:
@@ -71,12 +74,6 @@ class Library:
         sizes = (*x.shape, *x_strides, *y_strides)
         key_positions = (columns.data_ptr(), *columns.stride())
         return self._run(x, y, (head_offset, 1), sizes, per_row, key_positions)
-
-    def words(self, key: int, counter: tuple[int, ...]) -> bytes:
-        """The four words of one counter, as they lie in memory."""
-        lanes = ctypes.create_string_buffer(16)
-        self._philox(key, np.array(counter, dtype=np.uint32).tobytes(), lanes)
-        return lanes.raw
 
     def _run(
         self,
@@ -122,14 +119,19 @@ def library() -> Library | None:
     wish = os.environ.get("MASKLOCK_KERNEL", "")
     if wish not in ("", "cpp", "numpy"):
         raise DropoutError(f"MASKLOCK_KERNEL is {wish!r}. Set it to cpp or numpy, or leave it out.")
-    paths = [] if wish == "numpy" else sorted(Path(__file__).parent.glob("_masks*.so"))
-    loaded = _load(paths[0]) if paths else None
+    built = [path for path in _places() if path.exists()] if wish != "numpy" else []
+    loaded = _load(built[0]) if built else None
     if wish == "cpp" and loaded is None:
         raise DropoutError(
             "MASKLOCK_KERNEL asks for the compiled kernel, but there is none that works here. "
             "Install a C++ compiler and then this package again, or leave the variable out."
         )
     return loaded
+
+
+def _places() -> list[Path]:
+    """Where setuptools puts the extension for this Python, most specific name first."""
+    return [Path(__file__).with_name(f"_masks{suffix}") for suffix in EXTENSION_SUFFIXES]
 
 
 def _load(path: Path) -> Library | None:
@@ -149,11 +151,10 @@ def _load(path: Path) -> Library | None:
 
 
 def self_test(loaded: Library) -> str:
-    """What the library draws wrongly: Random123's known answers, then small tensors. Empty if nothing."""
-    for key, counter, answer in _KNOWN_ANSWERS:
-        drawn = np.frombuffer(loaded.words(key, counter), dtype=np.uint16)
-        if bytes(drawn) != bytes(lanes(philox4x32_10(key, counter))) or answer != _hex(drawn):
-            return f"a known answer of Philox4x32-10 is {_hex(drawn)} instead of {answer}"
+    """What the library gets wrong: known answers, then products in each dtype. Empty if nothing."""
+    for key, counter, words in _KNOWN_ANSWERS:
+        if not _draws(loaded, key, counter, words):
+            return f"it does not draw the known answer of Philox4x32-10 for counter {counter}"
     x = torch.linspace(-3, 3, 2 * 3 * 5 * 29).reshape(2, 3, 5, 29)
     ids = torch.tensor([[3], [-2]]).expand(2, 5)
     positions = torch.arange(5).expand(2, 5)
@@ -162,9 +163,18 @@ def self_test(loaded: Library) -> str:
     for dtype in _FORMATS:
         y = x.to(dtype)
         if not loaded.attention(y, row, columns, 2).equal(reference.attention(y, row, columns, 2)):
-            return f"an attention mask in {dtype} differs from the reference"
+            return f"its products in {dtype} differ from the reference"
     return ""
 
 
-def _hex(drawn: np.ndarray) -> str:
-    return "".join(f"{word:08x}" for word in drawn.view(np.uint32))
+def _draws(loaded: Library, key: int, counter: tuple[int, ...], words: tuple[int, ...]) -> bool:
+    """Whether each lane is kept under its own value as threshold, and dropped under one more."""
+    lane_values = lanes(np.array(words, dtype=np.uint32)).astype(np.int64)
+    thresholds = torch.from_numpy(np.stack([lane_values, lane_values + 1])).reshape(1, 16)
+    row_id = signed(counter[2] | counter[3] << 32)
+    row = [torch.tensor(value).expand(1, 16) for value in (signed(key), row_id, counter[1])]
+    columns = (counter[0] & 0xFFFFF) * 8 + torch.arange(8)[None]
+    per_row = (*row, thresholds, torch.ones(1, 16))
+    kept = loaded.attention(torch.ones(1, 1, 16, 8), per_row, columns, counter[0] >> 20)
+    at_value, above_value = kept.reshape(2, 8, 8).diagonal(dim1=1, dim2=2)
+    return bool(at_value.eq(1).all() and above_value.eq(0).all())

@@ -1,10 +1,9 @@
 // Keyed dropout for CPU tensors: draws masks by Philox4x32-10, scales what is kept. Plain C ABI.
 //
 // Values are [samples, heads, queries, columns]; rows of features have one head. The random stream
-// comes in blocks of eight 16-bit lanes; one counter is one block. A column is one lane: its feature,
-// its group of features, or its key position. A row brings key, row id, position, threshold, scale.
-// For each stretch of a row: draw lanes into a small buffer, then mask and scale. Nothing else is
-// allocated, no generator has a state, and any thread may do any row.
+// comes in blocks of eight 16-bit lanes, one counter a block. A column is one lane: its feature, its
+// group of features, or its key position. A row brings key, row id, position, threshold and scale.
+// For each stretch of a row: draw lanes into a small buffer, then mask and scale.
 
 #include <algorithm>
 #include <cstdint>
@@ -42,14 +41,13 @@ struct Call {
     Table<int64_t> key_positions;  // by sample and column; no data: columns are features
 };
 
-enum Status { kDone, kBadKeyPosition, kBadPosition, kBadThreshold };
+enum Status { kDone, kBadKeyPosition, kBadPosition, kBadThreshold };  // a bad one stops its thread
 
 // ---- Philox4x32-10 -------------------------------------------------------------------------------
 
-constexpr int kRounds = 10;
-constexpr int kLanes = 8;      // lanes a block
-constexpr int kWindow = 2048;  // lanes a stretch may span: two buffers stay in the L1 cache
-constexpr int kSpare = 64;     // drawing rounds up to whole vectors
+constexpr int kRounds = 10, kLanes = 8;  // lanes a block
+constexpr int kWindow = 2048;            // lanes a stretch may span: two buffers stay in the L1 cache
+constexpr int kSpare = 64;               // drawing rounds up to whole vectors
 constexpr uint32_t kMultiplier0 = 0xD2511F53, kMultiplier1 = 0xCD9E8D57;
 constexpr uint32_t kWeyl0 = 0x9E3779B9, kWeyl1 = 0xBB67AE85;
 
@@ -57,8 +55,6 @@ struct Stream {  // all of a row's counters but the block number
     uint64_t key, row_id;
     uint32_t position, head;
 };
-
-using Draw = void (*)(const Stream&, uint32_t first_block, int num_blocks, uint16_t* lanes);
 
 void draw_portable(const Stream& stream, uint32_t first_block, int num_blocks, uint16_t* lanes) {
     for (int block = 0; block < num_blocks; ++block) {
@@ -71,23 +67,20 @@ void draw_portable(const Stream& stream, uint32_t first_block, int num_blocks, u
             c2 = uint32_t(p0 >> 32) ^ c3 ^ k1, c3 = uint32_t(p0);
         }
         const uint32_t words[4] = {c0, c1, c2, c3};
-        for (int i = 0; i < 4; ++i) {  // low half first, whatever the byte order
-            lanes[block * kLanes + 2 * i] = uint16_t(words[i]);
-            lanes[block * kLanes + 2 * i + 1] = uint16_t(words[i] >> 16);
-        }
+        for (int lane = 0; lane < kLanes; ++lane)  // low half first, whatever the byte order
+            lanes[block * kLanes + lane] = uint16_t(words[lane / 2] >> (lane % 2 * 16));
     }
 }
 
 #ifdef MASKLOCK_X86
-// One counter in each 64-bit element: the product of the low halves is one instruction (which g++ does
-// not find by itself), and what the upper halves hold meanwhile never reaches a result.
+// One counter in each 64-bit element: the product of the low halves is one instruction (g++ does not
+// find it by itself), and what the upper halves hold meanwhile never reaches a result.
 #define DEFINE_DRAW(NAME, TARGET, BYTES, MULTIPLY, ...)                                              \
     __attribute__((target(TARGET))) void NAME(const Stream& stream, uint32_t first_block,            \
                                               int num_blocks, uint16_t* lanes) {                     \
         typedef uint64_t Vector __attribute__((vector_size(BYTES)));                                 \
-        typedef int64_t Order __attribute__((vector_size(BYTES)));                                   \
         constexpr int kWidth = BYTES / 8;                                                            \
-        const Order front = {__VA_ARGS__}, back = front + kWidth / 2;                                \
+        const Vector front = {__VA_ARGS__}, back = front + kWidth / 2;                               \
         const Vector zero = {}, m0 = zero + kMultiplier0, m1 = zero + kMultiplier1;                  \
         Vector count = zero + ((uint64_t(stream.head) << 20) | first_block);                         \
         for (int i = 0; i < kWidth; ++i) count[i] += i;                                              \
@@ -115,45 +108,36 @@ DEFINE_DRAW(draw_avx2, "avx2", 32, MULTIPLY_256, 0, 4, 1, 5)
 
 struct Best {
     const char* instructions;
-    Draw draw;
-};
-
-Best best_for_this_machine() {
+    decltype(&draw_portable) draw;
+} const best = [] {
 #ifdef MASKLOCK_X86
     __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f")) return {"avx512", draw_avx512};
-    if (__builtin_cpu_supports("avx2")) return {"avx2", draw_avx2};
+    if (__builtin_cpu_supports("avx512f")) return Best{"avx512", draw_avx512};
+    if (__builtin_cpu_supports("avx2")) return Best{"avx2", draw_avx2};
 #endif
-    return {"default", draw_portable};
-}
-
-const Best best = best_for_this_machine();
+    return Best{"default", draw_portable};
+}();
 
 // ---- number formats: products are made wide and rounded to nearest even --------------------------
 
-INLINE uint32_t bits(float value) {
-    uint32_t result;
+template <class To, class From>
+INLINE To same_bits(From value) {
+    To result;
     std::memcpy(&result, &value, sizeof result);
     return result;
 }
-
-INLINE float number(uint32_t value) {
-    float result;
-    std::memcpy(&result, &value, sizeof result);
-    return result;
-}
+INLINE uint32_t bits(float value) { return same_bits<uint32_t>(value); }
+INLINE float number(uint32_t value) { return same_bits<float>(value); }
 
 template <class Number>
 struct Native {
-    using Stored = Number;
-    using Wide = Number;
-    static INLINE Wide widen(Stored value) { return value; }
-    static INLINE Stored narrow(Wide value) { return value; }
+    using Stored = Number; using Wide = Number;
+    static INLINE Number widen(Number value) { return value; }
+    static INLINE Number narrow(Number value) { return value; }
 };
 
 struct BFloat16 {
-    using Stored = uint16_t;
-    using Wide = float;
+    using Stored = uint16_t; using Wide = float;
     static INLINE Wide widen(Stored value) { return number(uint32_t(value) << 16); }
     static INLINE Stored narrow(Wide value) {
         const uint32_t all = bits(value), rounded = (all + 0x7FFF + ((all >> 16) & 1)) >> 16;
@@ -162,8 +146,7 @@ struct BFloat16 {
 };
 
 struct Float16 {  // by integers: compilers of this decade differ in what they know of half precision
-    using Stored = uint16_t;
-    using Wide = float;
+    using Stored = uint16_t; using Wide = float;
     static INLINE Wide widen(Stored value) {
         const uint32_t moved = uint32_t(value & 0x7FFF) << 13, exponent = moved & 0x0F800000;
         const uint32_t normal = moved + 0x38000000, special = moved + 0x70000000;
@@ -181,31 +164,31 @@ struct Float16 {  // by integers: compilers of this decade differ in what they k
     }
 };
 
+struct Part {  // some neighbouring elements of one row
+    const char* x; char* y; const uint16_t* lanes;
+    int n;
+    uint32_t threshold;
+    float scale;
+};
+
 template <class Format>
-INLINE void mask(const char* from, const uint16_t* lanes, uint32_t threshold, float scale, char* to,
-                 int n) {
-    using Stored = typename Format::Stored;
-    const Stored* x = reinterpret_cast<const Stored*>(from);
-    Stored* y = reinterpret_cast<Stored*>(to);
-    const typename Format::Wide factor = scale;
-    for (int i = 0; i < n; ++i) {
-        const Stored product = Format::narrow(Format::widen(x[i]) * factor);
-        y[i] = lanes[i] >= threshold ? product : Stored(0);  // a choice: NaN times 0 is not 0
+INLINE void mask(const Part& part) {
+    const auto* x = reinterpret_cast<const typename Format::Stored*>(part.x);
+    auto* y = reinterpret_cast<typename Format::Stored*>(part.y);
+    const typename Format::Wide scale = part.scale;
+    for (int i = 0; i < part.n; ++i) {
+        const auto product = Format::narrow(Format::widen(x[i]) * scale);
+        y[i] = part.lanes[i] >= part.threshold ? product : 0;  // a choice: NaN times 0 is not 0
     }
 }
 
-#define DEFINE_MASK(NAME, FORMAT)                                                                    \
-    CLONES void NAME(const char* x, const uint16_t* lanes, uint32_t threshold, float scale, char* y, \
-                     int n) {                                                                        \
-        mask<FORMAT>(x, lanes, threshold, scale, y, n);                                              \
-    }
-DEFINE_MASK(mask_float32, Native<float>)
-DEFINE_MASK(mask_bfloat16, BFloat16)
-DEFINE_MASK(mask_float16, Float16)
-DEFINE_MASK(mask_float64, Native<double>)
+CLONES void mask_float32(const Part& part) { mask<Native<float>>(part); }
+CLONES void mask_bfloat16(const Part& part) { mask<BFloat16>(part); }
+CLONES void mask_float16(const Part& part) { mask<Float16>(part); }
+CLONES void mask_float64(const Part& part) { mask<Native<double>>(part); }
 
 constexpr struct {
-    decltype(&mask_float32) mask;
+    void (*mask)(const Part&);
     int64_t bytes;
 } kFormats[] = {{mask_float32, 4}, {mask_bfloat16, 2}, {mask_float16, 2}, {mask_float64, 8}};
 
@@ -213,7 +196,7 @@ constexpr struct {
 
 struct Stretch {
     int64_t column, first_block;
-    int num_columns, num_blocks, offset;
+    int num_blocks, num_columns, offset;
     bool contiguous;  // lanes follow one another from offset on; otherwise each is looked up
 };
 
@@ -243,9 +226,8 @@ bool plan(const Call& call, int64_t sample, Columns& columns) {  // false: a bad
             last = std::max(last, lane);
             columns.lookup[column] = uint16_t(lane - base);
         }
-        const int num_blocks = int((last - base) / kLanes + 1);
-        columns.stretches.push_back({first, base / kLanes, int(column - first), num_blocks,
-                                     int(start - base), contiguous});
+        columns.stretches.push_back({first, base / kLanes, int((last - base) / kLanes + 1),
+                                     int(column - first), int(start - base), contiguous});
     }
     return true;
 }
@@ -253,18 +235,8 @@ bool plan(const Call& call, int64_t sample, Columns& columns) {  // false: a bad
 // ---- rows ----------------------------------------------------------------------------------------
 
 struct Buffers {
-    alignas(64) uint16_t drawn[kWindow + kSpare];
-    alignas(64) uint16_t picked[kWindow];
+    alignas(64) uint16_t drawn[kWindow + kSpare], picked[kWindow];
 };
-
-const uint16_t* draw(const Stream& stream, const Columns& columns, const Stretch& part,
-                     Buffers& buffers) {
-    best.draw(stream, uint32_t(part.first_block), part.num_blocks, buffers.drawn);
-    if (part.contiguous) return buffers.drawn + part.offset;
-    for (int i = 0; i < part.num_columns; ++i)
-        buffers.picked[i] = buffers.drawn[columns.lookup[part.column + i]];
-    return buffers.picked;
-}
 
 Status mask_row(const Call& call, const Columns& columns, int64_t sample, int64_t head,
                 int64_t query, Buffers& buffers) {
@@ -275,26 +247,31 @@ Status mask_row(const Call& call, const Columns& columns, int64_t sample, int64_
     const Stream stream = {uint64_t(call.keys.at(sample, query)),
                            uint64_t(call.row_ids.at(sample, query)), uint32_t(position),
                            uint32_t(head + call.head_offset)};
-    const float scale = call.scales.at(sample, query);
     const auto format = kFormats[call.format];
-    const auto start = [&](const int64_t* strides, const Stretch& part) {
-        const int64_t row = sample * strides[0] + head * strides[1] + query * strides[2];
-        return (row + part.column) * format.bytes;
+    const auto row = [&](const int64_t* strides) {
+        return (sample * strides[0] + head * strides[1] + query * strides[2]) * format.bytes;
     };
-    for (const Stretch& part : columns.stretches)
-        format.mask(call.x + start(call.x_strides, part), draw(stream, columns, part, buffers),
-                    uint32_t(threshold), scale, call.y + start(call.y_strides, part),
-                    part.num_columns);
+    Part part = {nullptr, nullptr, nullptr, 0, uint32_t(threshold), call.scales.at(sample, query)};
+    for (const Stretch& stretch : columns.stretches) {
+        best.draw(stream, uint32_t(stretch.first_block), stretch.num_blocks, buffers.drawn);
+        part.lanes = stretch.contiguous ? buffers.drawn + stretch.offset : buffers.picked;
+        part.n = stretch.num_columns;
+        for (int i = 0; i < part.n && !stretch.contiguous; ++i)
+            buffers.picked[i] = buffers.drawn[columns.lookup[stretch.column + i]];
+        part.x = call.x + row(call.x_strides) + stretch.column * format.bytes;
+        part.y = call.y + row(call.y_strides) + stretch.column * format.bytes;
+        format.mask(part);
+    }
     return kDone;
 }
 
 Status mask_rows(const Call& call, const std::vector<Columns>& plans, int64_t begin, int64_t end) {
     Buffers buffers;
     for (int64_t i = begin; i < end; ++i) {
-        const int64_t query = i % call.queries, head = i / call.queries % call.heads;
-        const int64_t sample = i / (call.queries * call.heads);
+        const int64_t query = i % call.queries, rest = i / call.queries;
+        const int64_t head = rest % call.heads, sample = rest / call.heads;
         const Columns& columns = plans[plans.size() == 1 ? 0 : sample];
-        if (Status status = mask_row(call, columns, sample, head, query, buffers)) return status;
+        if (Status bad = mask_row(call, columns, sample, head, query, buffers)) return bad;
     }
     return kDone;
 }
@@ -304,14 +281,7 @@ Status mask_rows(const Call& call, const std::vector<Columns>& plans, int64_t be
 extern "C" {
 
 const char* masklock_instructions() { return best.instructions; }
-
-void masklock_philox(uint64_t key, const uint32_t* counter, uint16_t* lanes) {
-    alignas(64) uint16_t drawn[kSpare];
-    const uint64_t row_id = uint64_t(counter[3]) << 32 | counter[2];
-    best.draw({key, row_id, counter[1], 0}, counter[0], 1, drawn);
-    std::copy(drawn, drawn + kLanes, lanes);
-}
-
+int64_t masklock_call_bytes() { return sizeof(Call); }  // a library of another version is told so
 int masklock_apply(const void* packed) {
     Call call;
     std::memcpy(&call, packed, sizeof call);
