@@ -1,0 +1,247 @@
+"""`report.html`: one file that shows a run, opens offline and asks nobody for anything.
+
+Everything that a user or a data set brought in is escaped by Jinja; only our charts are markup.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from monitoring import figures, words
+from monitoring.headline import tiles, verdict
+from monitoring.run import Run, is_number, load_run, mean
+from pipeline.records import RunFolder, write_text
+
+NUM_UNCERTAIN_SAMPLES = 20
+_MAX_TEXT_CHARACTERS = 1500
+_CALIBRATION_MEASURES = ("ece", "ece_equal_mass", "brier", "nll")
+_UNCERTAINTY_ORDER = ("predictive_entropy", "mutual_information", "perplexity")
+
+
+def write_report(folder: RunFolder) -> Path:
+    """Render the report into the run folder."""
+    write_text(folder.report_html, render_report(folder))
+    return folder.report_html
+
+
+def render_report(folder: RunFolder) -> str:
+    """The whole page; the same text for the same run folder."""
+    return _environment().get_template("report.html.j2").render(_content(load_run(folder)))
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).with_name("templates")),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    for function in (
+        words.percent,
+        words.decimal,
+        words.quantity,
+        words.duration,
+        words.interval,
+        words.measure,
+        words.title_of,
+        words.needs_mc,
+    ):
+        environment.filters[function.__name__] = function
+    environment.globals["explain"] = words.EXPLANATIONS.get
+    return environment
+
+
+def _content(run: Run) -> dict[str, Any]:
+    """Everything the template shows, section by section."""
+    config = _parsed(run.config)
+    return {
+        "name": run.report.get("run") or run.name,
+        "facts": _facts(run, config),
+        "seed": run.report.get("seed", config.get("seed")),
+        "verdict": verdict(run),
+        "tiles": tiles(run),
+        "quality": _quality(run),
+        "curves": _shown(figures.curve_charts(run)),
+        "calibration": _calibration(run),
+        "uncertainty": _uncertainty(run),
+        "ood": [_ood(run, name) for name in run.section("ood")],
+        "samples": _most_uncertain(run),
+        "plan": _plan(run),
+        "system": _system(run),
+        "versions": run.section("versions"),
+        "config": run.config,
+    }
+
+
+def _parsed(text: str) -> dict[str, Any]:
+    try:
+        config = yaml.safe_load(text)
+    except yaml.YAMLError:  # shown as it is all the same
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
+def _facts(run: Run, config: dict[str, Any]) -> list[tuple[str, str]]:
+    """The line under the title."""
+    model = config.get("model") if isinstance(config.get("model"), dict) else {}
+    task = run.report.get("task") or model.get("task")
+    sizes = run.section("num_samples")
+    rows = [f"{sizes[key]:,} {key}" for key in ("train", "validation", "test") if sizes.get(key)]
+    facts = {
+        "Task": words.title_of(task) if task else None,
+        "Model": model.get("model_name_or_path") or model.get("model_type"),
+        "Rows": ", ".join(rows),
+        "Evaluated": str(run.report.get("created") or "").replace("T", " ").replace("Z", " UTC"),
+    }
+    return [(name, str(value)) for name, value in facts.items() if value]
+
+
+def _quality(run: Run) -> dict[str, Any]:
+    """Measures by way of predicting, each with its interval if there is one."""
+    quality = {way: values for way, values in run.section("quality").items() if values}
+    names = list(dict.fromkeys(name for values in quality.values() for name in values))
+    intervals = run.section("intervals")
+    rows = [
+        {"title": words.WAYS.get(way, way), "values": values, "intervals": _of_way(intervals, way)}
+        for way, values in quality.items()
+    ]
+    return {"names": names, "rows": rows}
+
+
+def _of_way(intervals: dict[str, Any], way: str) -> dict[str, Any]:
+    prefix = f"{way}/"
+    return {k.removeprefix(prefix): v for k, v in intervals.items() if k.startswith(prefix)}
+
+
+def _calibration(run: Run) -> dict[str, Any]:
+    calibration = run.section("calibration")
+    rows = [(words.WAYS[way], calibration[way]) for way in words.WAYS if calibration.get(way)]
+    best = {
+        name: min((v[name] for _, v in rows if is_number(v.get(name))), default=None)
+        for name in _CALIBRATION_MEASURES
+    }
+    return {
+        "rows": rows,
+        "names": [name for name in _CALIBRATION_MEASURES if best[name] is not None],
+        "best": best,
+        "temperature": calibration.get("temperature"),
+        "charts": _shown(figures.reliability_charts(run)),
+    }
+
+
+def _uncertainty(run: Run) -> dict[str, Any]:
+    uncertainty = run.section("uncertainty")
+    means, aurocs = uncertainty.get("means") or {}, uncertainty.get("error_auroc") or {}
+    names = [
+        name
+        for name in dict.fromkeys([*aurocs, *means])
+        if is_number(means.get(name)) or is_number(aurocs.get(name))
+    ]
+    rows = [{"name": name, "mean": means.get(name), "auroc": aurocs.get(name)} for name in names]
+    charts = _shown(figures.uncertainty_charts(run))
+    return {
+        "rows": rows,
+        "has_auroc": any(is_number(row["auroc"]) for row in rows),
+        "charts": charts,
+    }
+
+
+def _ood(run: Run, name: str) -> dict[str, Any]:
+    entry = run.report["ood"][name] or {}
+    scores = entry.get("scores") or {}
+    ranked = sorted(scores, key=lambda score: -_or_zero((scores[score] or {}).get("auroc")))
+    return {
+        "name": name,
+        "num_rows": (run.section("num_samples").get("ood") or {}).get(name),
+        "verdict": entry.get("verdict"),
+        "best": entry.get("best"),
+        "comparison": _comparison(entry, scores),
+        "rows": [(score, scores[score] or {}) for score in ranked],
+        "charts": _shown(figures.ood_charts(run, name)),
+    }
+
+
+def _comparison(entry: dict[str, Any], scores: dict[str, Any]) -> str:
+    """Monte-Carlo against the plain pass, in words."""
+    plain, mc = entry.get("best_deterministic"), entry.get("best_mc")
+    plain_auroc, mc_auroc = ((scores.get(score) or {}).get("auroc") for score in (plain, mc))
+    if not (is_number(plain_auroc) and is_number(mc_auroc)):
+        return ""
+    verb = "beats" if entry.get("mc_beats_deterministic") else "does not beat"
+    return (
+        f"Monte-Carlo dropout {verb} the plain pass here: its best score, {words.title_of(mc)}, "
+        f"has AUROC {words.decimal(mc_auroc)}; the best of one plain pass, "
+        f"{words.title_of(plain)}, {words.decimal(plain_auroc)}."
+    )
+
+
+def _most_uncertain(run: Run) -> dict[str, Any]:
+    rows = run.samples_of("test")
+    order = next(
+        (name for name in _UNCERTAINTY_ORDER if any(is_number(row.get(name)) for row in rows)), None
+    )
+    if order is None:
+        return {"rows": [], "unit": "answers"}
+    rows = sorted(rows, key=lambda row: (-_or_zero(row.get(order)), row.get("sample_id") or 0))
+    rows = [row | {"text": _cut(row.get("text"))} for row in rows[:NUM_UNCERTAIN_SAMPLES]]
+    columns = ("confidence", "predictive_entropy", "mutual_information", "perplexity")
+    known = [name for name in columns if any(is_number(row.get(name)) for row in rows)]
+    has_labels = any(row.get("prediction") is not None for row in rows)
+    return {
+        "rows": rows,
+        "order": order,
+        "columns": known,
+        "has_labels": has_labels,
+        "unit": "answers" if has_labels else "tokens",
+    }
+
+
+def _cut(text: Any) -> str:
+    text = "" if text is None else str(text)
+    if len(text) <= _MAX_TEXT_CHARACTERS:
+        return text
+    return f"{text[:_MAX_TEXT_CHARACTERS]} … ({len(text):,} characters)"
+
+
+def _plan(run: Run) -> dict[str, Any]:
+    sites = run.plan.get("sites") or []
+    groups: dict[tuple[Any, ...], int] = {}
+    for site in sites:
+        if site.get("in_force"):
+            key = tuple(site.get(name) for name in ("role", "variant", "rate", "door"))
+            groups[key] = groups.get(key, 0) + 1
+    return {
+        "sites": sites,
+        "groups": sorted(groups.items(), key=str),
+        "num_in_force": sum(groups.values()),
+        "digest": run.plan.get("digest"),
+        "notes": run.plan.get("notes") or [],
+    }
+
+
+def _system(run: Run) -> dict[str, Any]:
+    training = [row for row in run.metrics if any(key.startswith("train/") for key in row)]
+    times = [row["time"] for row in training if is_number(row.get("time"))]
+    rows = [(key, [value for _, value in run.history(key)]) for key in run.metric_keys("system/")]
+    return {
+        "rows": [
+            {"name": key.split("/", 1)[1], "mean": mean(v), "low": min(v), "high": max(v)}
+            for key, v in rows
+            if v
+        ],
+        "training_seconds": max(times) - min(times) if len(times) > 1 else None,
+        "mc": run.section("mc"),
+    }
+
+
+def _shown(charts: Sequence[figures.Chart]) -> list[tuple[str, Markup]]:
+    return [(chart.title, Markup(chart.svg)) for chart in charts]
+
+
+def _or_zero(value: Any) -> float:
+    return value if is_number(value) else 0.0
