@@ -71,6 +71,13 @@ def config_in(
     )
 
 
+@pytest.fixture(autouse=True, scope="module")
+def without_wandb():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WANDB_MODE", "disabled")
+        yield
+
+
 @pytest.fixture
 def make_config(tmp_path):
     write_rows(tmp_path)
