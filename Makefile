@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 TORCH  ?= $(shell grep '^torch==' constraints.txt)
 BIN    := $(VENV)/bin
-PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+PIP    := $(BIN)/python -m pip install -qq --disable-pip-version-check
 SHELL  := /bin/bash
 
 # Installing again is needed only when one of these changed; an editable install follows the code by itself.
@@ -42,18 +42,22 @@ $(BIN)/python:
 
 # torch first and alone, so that pip's own configuration decides between a CPU and a GPU build.
 $(VENV)/.torch: constraints.txt | $(BIN)/python
-	$(PIP) '$(TORCH)'
+	@echo 'Installing $(TORCH) ...'
+	@$(PIP) '$(TORCH)'
 	@sed 's/^torch==.*/$(TORCH)/' constraints.txt > $(VENV)/constraints.txt
 	@touch $@
 
 $(VENV)/.demo: $(INSTALLED_FROM) $(VENV)/.torch
-	$(PIP) -c $(VENV)/constraints.txt -e '.[demo]'
+	@echo 'Installing masklock[demo] with the tested versions ...'
+	@$(PIP) -c $(VENV)/constraints.txt -e '.[demo]'
 	@touch $@
 
 $(VENV)/.test: $(INSTALLED_FROM) $(VENV)/.torch
-	$(PIP) -c $(VENV)/constraints.txt -e '.[demo,test]'
+	@echo 'Installing masklock[demo,test] with the tested versions ...'
+	@$(PIP) -c $(VENV)/constraints.txt -e '.[demo,test]'
 	@touch $@ $(VENV)/.demo
 
 $(VENV)/.dev: $(INSTALLED_FROM) $(VENV)/.torch
-	$(PIP) -c $(VENV)/constraints.txt -e '.[demo,dev]'
+	@echo 'Installing masklock[demo,dev] with the tested versions ...'
+	@$(PIP) -c $(VENV)/constraints.txt -e '.[demo,dev]'
 	@touch $@ $(VENV)/.demo $(VENV)/.test
