@@ -18,6 +18,7 @@ class Variant:
         name: its name in the key and in configurations.
         kernel: `rows` and `attention` mask tensors, `scalar` makes one decision by `uniform`.
         group: number of neighbouring features under one decision, from (features, block size).
+        needs_block_size: the group is a choice.
         shared_position: one mask for all positions of a row.
         whole_step: one decision for all samples of a step.
     """
@@ -25,6 +26,7 @@ class Variant:
     name: str
     kernel: Literal["rows", "attention", "scalar"] = "rows"
     group: Callable[[int, int], int] = lambda features, block_size: 1
+    needs_block_size: bool = False
     shared_position: bool = False
     whole_step: bool = False
 
@@ -55,7 +57,7 @@ for _variant in (
     Variant("element"),
     Variant("channel", shared_position=True),
     Variant("token", group=lambda features, block_size: max(features, 1)),
-    Variant("block", group=lambda features, block_size: block_size),
+    Variant("block", group=lambda features, block_size: block_size, needs_block_size=True),
     Variant("attention", kernel="attention"),
     Variant("path", kernel="scalar"),
     Variant("layer", kernel="scalar", whole_step=True),

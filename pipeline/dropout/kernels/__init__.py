@@ -8,7 +8,7 @@ a uint64), positions int64 below 2**32, thresholds int32 or int64 in 0 .. 65536,
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -16,9 +16,25 @@ from torch import Tensor
 from pipeline.dropout.kernels import cpu, reference
 from pipeline.errors import DropoutError
 
-_MAX_HEADS = 1 << 12
+MAX_HEADS = 1 << 12
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _ROW_TENSORS = ("keys", "row_ids", "positions", "thresholds", "scales")
+
+
+class Kernel(Protocol):
+    """What every kernel offers; per_row are the five tensors above, `[B, M]` or `[B, Q]`."""
+
+    def rows(self, x: Tensor, per_row: tuple[Tensor, ...], group: int) -> Tensor: ...
+
+    def attention(
+        self, x: Tensor, per_row: tuple[Tensor, ...], columns: Tensor, head_offset: int
+    ) -> Tensor: ...
+
+
+def active(device: str = "cpu") -> Kernel:
+    """The kernel that serves this type of device."""
+    library = cpu.library() if device == "cpu" else None
+    return library or reference
 
 
 def active_kernel() -> str:
@@ -43,12 +59,9 @@ def rows(
             f"but these have {list(x.shape)} and {group}. Reshape the tensor first."
         )
     per_row = _per_row(x, x.shape[:2], (keys, row_ids, positions, thresholds, scales))
-    library = cpu.library() if x.device.type == "cpu" else None
-    if library:
-        return library.rows(x, per_row, group)
-    if x.device.type == "meta":
+    if x.is_meta:
         return torch.empty_like(x)
-    return reference.rows(x, per_row, group)
+    return active(x.device.type).rows(x, per_row, group)
 
 
 def attention(
@@ -68,20 +81,17 @@ def attention(
             f"but here the shape is {list(x.shape)}. Reshape the tensor first."
         )
     num_samples, num_heads, num_queries, num_keys = x.shape
-    if head_offset < 0 or head_offset + num_heads > _MAX_HEADS:
+    if head_offset < 0 or head_offset + num_heads > MAX_HEADS:
         raise DropoutError(
-            f"Attention masks are defined for heads 0 to {_MAX_HEADS - 1}, but here are heads "
+            f"Attention masks are defined for heads 0 to {MAX_HEADS - 1}, but here are heads "
             f"{head_offset} to {head_offset + num_heads - 1}. Switch attention dropout off here."
         )
     row_tensors = (keys, row_ids, query_positions, thresholds, scales)
     per_row = _per_row(x, (num_samples, num_queries), row_tensors)
     columns = _broadcast("key_positions", key_positions, (num_samples, num_keys), x)
-    library = cpu.library() if x.device.type == "cpu" else None
-    if library:
-        return library.attention(x, per_row, columns, head_offset)
-    if x.device.type == "meta":
+    if x.is_meta:
         return torch.empty_like(x)
-    return reference.attention(x, per_row, columns, head_offset)
+    return active(x.device.type).attention(x, per_row, columns, head_offset)
 
 
 def keyed_rows(

@@ -106,11 +106,7 @@ def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 def _error(status: int) -> DropoutError:
     if status == 1:
         return reference.key_position_error()
-    what, limit = (("positions", 2**32 - 1), ("thresholds", 2**16))[status - 2]
-    return DropoutError(
-        f"The {what} of masked rows must lie between 0 and {limit}, but one lies outside. "
-        "Give logical positions, and thresholds made by threshold(p)."
-    )
+    return reference.row_error(("positions", "thresholds")[status - 2])
 
 
 @cache

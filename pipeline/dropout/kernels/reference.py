@@ -9,10 +9,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.dropout.philox import lanes, philox_words
+from pipeline.dropout.philox import NUM_LANES, lanes, philox_words
 from pipeline.errors import DropoutError
 
 MAX_KEY_POSITION = (1 << 23) - 1
+_LIMITS = {"positions": 2**32 - 1, "thresholds": NUM_LANES}
 _MAX_BLOCKS = 1 << 15  # blocks drawn at a time: their words stay in the cache
 
 
@@ -38,13 +39,25 @@ def key_position_error() -> DropoutError:
     )
 
 
+def row_error(what: str) -> DropoutError:
+    """What every kernel says of positions and thresholds that are none."""
+    return DropoutError(
+        f"The {what} of masked rows must lie between 0 and {_LIMITS[what]}, but one lies outside. "
+        "Give logical positions, and thresholds made by threshold(p)."
+    )
+
+
 @torch.no_grad()
 def _apply(
     x: Tensor, per_row: tuple[Tensor, ...], columns: NDArray[np.int64], head_offset: int
 ) -> Tensor:
     heads = np.arange(head_offset, head_offset + x.shape[1])
     *integers, scales = per_row
-    keep = torch.from_numpy(_keep([_array(row) for row in integers], heads, columns))
+    arrays = [_array(row) for row in integers]
+    for what, array in (("positions", arrays[2]), ("thresholds", arrays[3])):
+        if (array > np.uint64(_LIMITS[what])).any():  # negative ones are large here
+            raise row_error(what)
+    keep = torch.from_numpy(_keep(arrays, heads, columns))
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     factor = scales.to(device=x.device, dtype=wide)[:, None, :, None]
     product = (x.to(wide) * factor).to(x.dtype)
