@@ -66,7 +66,7 @@ class RankedScores:
     def _threshold_index(self, weights: FloatArray) -> NDArray[np.int64]:
         """The outside row at which 95 % of the outside weight, counted from the top, is reached."""
         from_top = np.cumsum(weights[:, ::-1], axis=1)
-        wanted = np.ceil(TRUE_POSITIVE_RATE * from_top[:, -1:] - 1e-9)
+        wanted = np.ceil(TRUE_POSITIVE_RATE * from_top[:, -1:])
         return weights.shape[1] - 1 - np.argmax(from_top >= wanted, axis=1)
 
 

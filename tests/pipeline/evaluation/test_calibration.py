@@ -112,6 +112,13 @@ def test_equal_mass_error_with_ties_does_not_depend_on_the_order_of_rows():
     assert a == pytest.approx(b, abs=1e-12)
 
 
+def test_equal_confidences_share_the_bin_of_the_first_of_them():
+    result = equal_mass_calibration_error([0.5, 0.5, 0.5, 0.9], [1, 0, 0, 1], num_bins=2)
+    assert result == pytest.approx(3 / 4 * (0.5 - 1 / 3) + 1 / 4 * (1 - 0.9))
+    reordered = equal_mass_calibration_error([0.9, 0.5, 0.5, 0.5], [0, 1, 1, 1], num_bins=2)
+    assert reordered == pytest.approx(3 / 4 * 0.5 + 1 / 4 * 0.9)
+
+
 @pytest.mark.parametrize("error", [expected_calibration_error, equal_mass_calibration_error])
 def test_one_row_and_fewer_rows_than_bins_work(error):
     assert error([0.7], [True]) == pytest.approx(0.3)
