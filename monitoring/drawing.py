@@ -23,7 +23,7 @@ _INK, _MUTED, _LINE = "#1f2933", "#5f6c7b", "#d9dee5"
 _MAX_POINTS = 400
 _MAX_MARKERS = 24
 _NUM_HISTOGRAM_BINS = 24
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.size": 9,
     "axes.edgecolor": _LINE,
@@ -54,7 +54,7 @@ _STYLE = {
 
 
 # A legend that can cover nothing.
-_ABOVE = {
+_ABOVE: dict[str, Any] = {
     "loc": "lower left",
     "bbox_to_anchor": (-0.02, 1.0),
     "ncols": 2,
@@ -103,8 +103,8 @@ def draw_reliability(axes: "Axes", bins: Sequence[Mapping[str, Any]], colour: st
     axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "0.25", "0.5", "0.75", "1"])
 
 
-_BAR = {"edgecolor": "white", "linewidth": 0.8}
-_GAP = {"facecolor": "none", "edgecolor": ORANGE, "hatch": "/////", "linewidth": 0}
+_BAR: dict[str, Any] = {"edgecolor": "white", "linewidth": 0.8}
+_GAP: dict[str, Any] = {"facecolor": "none", "edgecolor": ORANGE, "hatch": "/////", "linewidth": 0}
 
 
 def draw_histograms(axes: "Axes", groups: Mapping[str, np.ndarray]) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 
 from monitoring import drawing
 from monitoring.drawing import BLUE, GREEN, ORANGE, PURPLE, Draw
-from monitoring.run import Run, load_run
+from monitoring.run import Run, is_number, load_run
 from monitoring.words import WAYS, sentence_title, title_of
 from pipeline.records import RunFolder, write_bytes
 
@@ -79,7 +79,7 @@ def ood_charts(run: Run, name: str) -> list[Chart]:
     """Test rows against this set, by the best score, the best plain one and the best MC one."""
     entry = run.section("ood").get(name) or {}
     keys = ("best", "best_deterministic", "best_mc")
-    scores = dict.fromkeys(entry.get(key) for key in keys if entry.get(key))
+    scores: list[str] = list(dict.fromkeys(entry[key] for key in keys if entry.get(key)))
     inside, outside = run.samples_of("test"), run.samples_of(f"ood:{name}")
     charts = []
     for score in scores:
@@ -123,8 +123,7 @@ def _histogram(title: str, groups: dict[str, np.ndarray]) -> list[Chart]:
 
 
 def _finite(values: Sequence[float | None]) -> np.ndarray:
-    array = np.array([np.nan if value is None else value for value in values], dtype=float)
-    return array[np.isfinite(array)]
+    return np.array([value for value in values if is_number(value)], dtype=float)
 
 
 def _shortened(name: str) -> str:

@@ -18,13 +18,13 @@ def verdict(run: Run) -> list[str]:
     return ["Nothing has been recorded for this run yet."]
 
 
-def tiles(run: Run) -> list[dict[str, str]]:
+def tiles(run: Run) -> list[dict[str, Any]]:
     """The big numbers: of the evaluation, or of the training while there is none."""
-    tiles = _quality_tiles(run) + _calibration_tiles(run) + _detection_tiles(run)
-    return tiles or _training_tiles(run)
+    evaluated = _quality_tiles(run) + _calibration_tiles(run) + _detection_tiles(run)
+    return evaluated or _training_tiles(run)
 
 
-def _quality_tiles(run: Run) -> list[dict[str, str]]:
+def _quality_tiles(run: Run) -> list[dict[str, Any]]:
     quality = run.section("quality")
     way = "mc" if quality.get("mc") else "deterministic"
     for name in ("accuracy", "perplexity"):
@@ -42,7 +42,7 @@ def _quality_tiles(run: Run) -> list[dict[str, str]]:
     return [_tile(name.capitalize(), value, notes)]
 
 
-def _calibration_tiles(run: Run) -> list[dict[str, str]]:
+def _calibration_tiles(run: Run) -> list[dict[str, Any]]:
     calibration = run.section("calibration")
     values = {way: (calibration.get(way) or {}).get("ece") for way in words.WAYS}
     known = {way: value for way, value in values.items() if is_number(value)}
@@ -55,31 +55,33 @@ def _calibration_tiles(run: Run) -> list[dict[str, str]]:
     return [_tile("Calibration error (ECE)", words.decimal(known[way]), notes)]
 
 
-def _detection_tiles(run: Run) -> list[dict[str, str]]:
-    tiles = []
+def _detection_tiles(run: Run) -> list[dict[str, Any]]:
+    """The best AUROC of finding errors, and of noticing each of the first two OOD sets."""
+    detected = []
     aurocs = run.section("uncertainty").get("error_auroc") or {}
-    if best := max(
-        (name for name in aurocs if is_number(aurocs[name])), key=aurocs.get, default=None
-    ):
-        value = words.decimal(aurocs[best])
-        tiles.append(_tile("Finds its own errors", value, ["AUROC", words.title_of(best)]))
+    known = {name: value for name, value in aurocs.items() if is_number(value)}
+    if known:
+        best = max(known, key=lambda name: known[name])
+        notes = ["AUROC", words.title_of(best)]
+        detected.append(_tile("Finds its own errors", words.decimal(known[best]), notes))
     for name, entry in list(run.section("ood").items())[:2]:
-        score = ((entry or {}).get("scores") or {}).get((entry or {}).get("best")) or {}
+        best = (entry or {}).get("best") or ""
+        score = ((entry or {}).get("scores") or {}).get(best) or {}
         if is_number(score.get("auroc")):
-            notes = ["AUROC", words.title_of(entry["best"])]
-            tiles.append(_tile(f"Notices {name}", words.decimal(score["auroc"]), notes))
-    return tiles
+            notes = ["AUROC", words.title_of(best)]
+            detected.append(_tile(f"Notices {name}", words.decimal(score["auroc"]), notes))
+    return detected
 
 
-def _training_tiles(run: Run) -> list[dict[str, str]]:
-    tiles = []
+def _training_tiles(run: Run) -> list[dict[str, Any]]:
+    trained = []
     for key in ("train/loss", "eval/loss", "eval/accuracy", "eval/perplexity"):
         if points := run.history(key):
             namespace, name = key.split("/")
             title = f"{'Training' if namespace == 'train' else 'Evaluation'} {name}"
             step, value = points[-1]
-            tiles.append(_tile(title, words.measure(value, name), [f"at step {step:,}"]))
-    return tiles
+            trained.append(_tile(title, words.measure(value, name), [f"at step {step:,}"]))
+    return trained
 
 
 def _tile(title: str, value: str, notes: Sequence[str]) -> dict[str, Any]:

@@ -88,7 +88,8 @@ def _parsed(text: str) -> dict[str, Any]:
 
 def _facts(run: Run, config: dict[str, Any]) -> list[tuple[str, str]]:
     """The line under the title."""
-    model = config.get("model") if isinstance(config.get("model"), dict) else {}
+    model = config.get("model")
+    model = model if isinstance(model, dict) else {}
     task = run.report.get("task") or model.get("task")
     sizes = run.section("num_samples")
     rows = [f"{sizes[key]:,} {key}" for key in ("train", "validation", "test") if sizes.get(key)]
@@ -130,6 +131,7 @@ def _calibration(run: Run) -> dict[str, Any]:
         "names": [name for name in _CALIBRATION_MEASURES if best[name] is not None],
         "best": best,
         "temperature": calibration.get("temperature"),
+        "unit": "tokens" if run.report.get("task") == "text-generation" else "rows",
         "charts": _shown(figures.reliability_charts(run)),
     }
 
@@ -168,7 +170,7 @@ def _ood(run: Run, name: str) -> dict[str, Any]:
 
 def _comparison(entry: dict[str, Any], scores: dict[str, Any]) -> str:
     """Monte-Carlo against the plain pass, in words."""
-    plain, mc = entry.get("best_deterministic"), entry.get("best_mc")
+    plain, mc = entry.get("best_deterministic", ""), entry.get("best_mc", "")
     plain_auroc, mc_auroc = ((scores.get(score) or {}).get("auroc") for score in (plain, mc))
     if not (is_number(plain_auroc) and is_number(mc_auroc)):
         return ""
@@ -186,7 +188,7 @@ def _most_uncertain(run: Run) -> dict[str, Any]:
         (name for name in _UNCERTAINTY_ORDER if any(is_number(row.get(name)) for row in rows)), None
     )
     if order is None:
-        return {"rows": [], "unit": "answers"}
+        return {"rows": []}
     rows = sorted(rows, key=lambda row: (-_or_zero(row.get(order)), row.get("sample_id") or 0))
     rows = [row | {"text": _cut(row.get("text"))} for row in rows[:NUM_UNCERTAIN_SAMPLES]]
     columns = ("confidence", "predictive_entropy", "mutual_information", "perplexity")
@@ -197,12 +199,11 @@ def _most_uncertain(run: Run) -> dict[str, Any]:
         "order": order,
         "columns": known,
         "has_labels": has_labels,
-        "unit": "answers" if has_labels else "tokens",
     }
 
 
-def _cut(text: Any) -> str:
-    text = "" if text is None else str(text)
+def _cut(value: Any) -> str:
+    text = "" if value is None else str(value)
     if len(text) <= _MAX_TEXT_CHARACTERS:
         return text
     return f"{text[:_MAX_TEXT_CHARACTERS]} … ({len(text):,} characters)"

@@ -220,7 +220,7 @@ class WandbTracker:
         with self._failure_lock:
             if self._failure is not None or self._ended.is_set():
                 return
-            self._failure = " ".join(reason.split())
+            self._failure = " ".join(reason.split()).rstrip(".")
         logger.warning(
             "Weights & Biases (%s) is dropped: %s. The training goes on; its numbers are in %s.",
             self._mode,
