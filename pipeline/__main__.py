@@ -224,8 +224,9 @@ def _mask_of_run(
     folder = _folder(source, config)
     from pipeline.dropout.lookup import mask_of_run
 
-    purpose, index = ("train", step) if mc_pass is None else ("mc", mc_pass)
-    return mask_of_run(folder, config.seed, index, site, sample, purpose)
+    if mc_pass is not None:
+        return mask_of_run(folder, config.seed, mc_pass, site, sample, "mc")
+    return mask_of_run(folder, config.seed, step or 0, site, sample, "train")
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 The heavy imports are done only where a configuration says something to check.
 """
 
+import copy
 import dataclasses
 import typing
 import warnings
@@ -171,7 +172,7 @@ def _construction_problem(peft_class: Any, values: Mapping[str, Any]) -> list[Pr
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            peft_class(**values)
+            peft_class(**copy.deepcopy(dict(values)))  # some classes change the lists they get
     except (TypeError, ValueError, ImportError) as error:
         return [(("peft",), f"{peft_class.__name__} refuses these values: {error}")]
     return []
