@@ -96,7 +96,9 @@ def quantity(value: Any) -> str:
         return NOTHING
     if isinstance(value, int) or abs(value) >= 100:
         return f"{value:,.0f}"
-    return f"{value:.1f}" if abs(value) >= 10 else f"{value:.3g}"
+    if abs(value) >= 1:
+        return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
+    return f"{value:.3g}"
 
 
 def duration(seconds: Any) -> str:
