@@ -1,5 +1,6 @@
 """What happens around the steps of a training: numbers to the tracker, a bar, a polite stop."""
 
+import os
 import signal
 import sys
 import time
@@ -160,6 +161,7 @@ class StopPolitely(TrainerCallback):
         self.say = say
         self.is_asked = False
         self.has_stopped = False
+        self._process = os.getpid()
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -181,6 +183,8 @@ class StopPolitely(TrainerCallback):
             self.has_stopped = True
 
     def _on_signal(self, number: int, frame: Any) -> None:
+        if os.getpid() != self._process:
+            return  # a worker that loads data: its parent decides
         if self.is_asked:
             raise KeyboardInterrupt
         self.is_asked = True

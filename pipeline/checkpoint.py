@@ -105,12 +105,12 @@ def remove(checkpoint: Path) -> None:
         shutil.rmtree(checkpoint)
 
 
-def require_space(folder: Path, needed_bytes: int, what: str) -> None:
+def require_space(run: Path, needed_bytes: int) -> None:
     """Refuse to start a run whose first checkpoint would not fit on the disk."""
-    free = free_bytes(folder)
+    free = free_bytes(run)
     if free < needed_bytes:
         raise RunFolderError(
-            f"{what} needs about {_megabytes(needed_bytes)} in {folder}, but only "
+            f"A checkpoint needs about {_megabytes(needed_bytes)} in {run}, but only "
             f"{_megabytes(free)} are free. Free some space, or choose another output_dir."
         )
 
@@ -133,9 +133,9 @@ def save_error(checkpoint: Path, error: BaseException) -> CheckpointError | None
     older, _ = newest_whole(checkpoint.parent)
     stands = f"{older.name} is whole" if older else "There is no older checkpoint"
     return CheckpointError(
-        f"No space left on the disk while saving {checkpoint} "
-        f"({_megabytes(free_bytes(checkpoint))} free). {stands}. Free some space and run the same "
-        "command again: it goes on from there."
+        f"The disk is full: {checkpoint} could not be saved "
+        f"({_megabytes(free_bytes(checkpoint))} are free). {stands}. Free some space and run "
+        "the same command again: it goes on from there."
     )
 
 

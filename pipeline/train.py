@@ -23,7 +23,7 @@ from pipeline.modality.bundle import MODALITIES
 from pipeline.model import build_model, load_tokenizer, plan_for
 from pipeline.records import RunFolder, write_json, write_text
 from pipeline.tracking import Tracker, open_tracker
-from pipeline.trainer import LockedTrainer, running_layout
+from pipeline.trainer import LockedTrainer, running_layout, use_one_device
 
 STOPPED = 75
 logger = logging.getLogger(__name__)
@@ -81,6 +81,8 @@ def train(config: RunConfig, say: Say = logger.info) -> int:
     args = guarded_arguments(config)
     run = RunFolder(Path(config.output_dir) / config.name)
     say = say if parallel.is_main() else _keep_quiet
+    if note := use_one_device(args):
+        say(note)
     check_folder(run, config)
     if run.model.is_dir():
         say(f"{run.path} is complete: {run.model} holds the trained model. Nothing to do.")
@@ -143,7 +145,7 @@ def prepare(config: RunConfig, run: RunFolder, args: TrainingArguments, say: Say
     found = find_checkpoint(run, plan, data, say)
     model = build_model(config, data.label_names, plan, tokenizer)
     if found is None:
-        checkpoint.require_space(run.path, checkpoint_bytes(model), "A checkpoint")
+        checkpoint.require_space(run.path, checkpoint_bytes(model))
     return Parts(config, run, args, data, tokenizer, plan, model, found, say)
 
 
@@ -229,6 +231,7 @@ def make_trainer(
         keyed=keyed,
         modality=modality,
         facts=parts.facts,
+        checkpoint_bytes=checkpoint_bytes(parts.model),
         meter=meter,
         model=parts.model,
         args=parts.args,
@@ -250,7 +253,7 @@ def save_model(parts: Parts, trainer: LockedTrainer) -> None:
     if parallel.is_main() and unfinished.exists():
         shutil.rmtree(unfinished)
     parallel.barrier()
-    trainer.save_model(str(unfinished))
+    trainer.export(unfinished)
     if parallel.is_main():
         parts.tokenizer.save_pretrained(unfinished)
         checkpoint.flush_tree(unfinished)

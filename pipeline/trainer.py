@@ -4,6 +4,8 @@ Every touch point below its public surface stands in this file; a contract test 
 moved.
 """
 
+import errno
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,8 +23,8 @@ from transformers.utils import logging as hf_logging
 from pipeline import checkpoint, parallel
 from pipeline.callbacks import Meter
 from pipeline.config.schema import TrainConfig
-from pipeline.dropout.context import KeyedDropout
-from pipeline.errors import NonFiniteLossError
+from pipeline.dropout.context import ActiveMasks, KeyedDropout
+from pipeline.errors import DropoutError, NonFiniteLossError
 from pipeline.modality.bundle import Modality
 from pipeline.records import RunFolder
 
@@ -31,6 +33,14 @@ TOUCH_POINTS = {
     "training_step": ("self", "model", "inputs", "num_items_in_batch"),
     "compute_loss": ("self", "model", "inputs", "return_outputs", "num_items_in_batch"),
     "evaluate": ("self", "eval_dataset", "ignore_keys", "metric_key_prefix"),
+    "_init_training_state": (
+        "self",
+        "max_steps",
+        "num_update_steps_per_epoch",
+        "num_train_epochs",
+        "resume_from_checkpoint",
+        "trial",
+    ),
     "_save_checkpoint": ("self", "model", "trial"),
     "_save": ("self", "output_dir", "state_dict"),
     "_save_rng_state": ("self", "output_dir"),
@@ -50,6 +60,7 @@ class LockedTrainer(Trainer):
         keyed: keyed dropout bound to the model.
         modality: loss and validation metrics.
         facts: what every manifest records beside step and world size.
+        checkpoint_bytes: about what a checkpoint takes on the disk.
         meter: counts the tokens of each step.
     """
 
@@ -61,16 +72,19 @@ class LockedTrainer(Trainer):
         keyed: KeyedDropout,
         modality: Modality,
         facts: dict[str, Any],
+        checkpoint_bytes: int,
         meter: Meter,
         **kwargs: Any,
     ) -> None:
         loss = modality.loss(train.label_smoothing_factor)
+        self._use_cache = getattr(kwargs["model"].config, "use_cache", None)
         super().__init__(compute_loss_func=loss, **kwargs)
         self.run, self.train_config, self.keyed, self.modality = run, train, keyed, modality
-        self.facts, self.meter = facts, meter
+        self.facts, self.checkpoint_bytes, self.meter = facts, checkpoint_bytes, meter
         # The loss is ours: the model neither computes one nor needs the number of items.
         self.model_accepts_loss_kwargs = False
         self.remove_callback(PrinterCallback)
+        self._is_plan_proved = False
         self._step = 0
         self._sample_ids = torch.empty(0, dtype=torch.int64)
 
@@ -82,8 +96,21 @@ class LockedTrainer(Trainer):
         self._step = int(inputs.pop("mask_step")[0])
         self.meter.count_tokens(inputs)
         context = self.keyed.context(purpose="train", index=self._step, row_ids=self._sample_ids)
-        with context:
-            return super().training_step(model, inputs, num_items_in_batch)
+        with context as active:
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        if not self._is_plan_proved:
+            self._prove_plan(active)
+        return loss
+
+    def _prove_plan(self, active: ActiveMasks) -> None:
+        """In the first micro-batch every planned site must have drawn, before any update."""
+        if missing := self.keyed.missing(active):
+            raise DropoutError(
+                f"{len(missing)} planned dropout sites drew no mask in the first forward pass: "
+                f"{', '.join(missing[:5])}. The update was not applied. Rates would silently not "
+                "be in force: set them to 0, or report this model."
+            )
+        self._is_plan_proved = True
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The modality's loss, found finite on every process before anyone goes backward."""
@@ -152,10 +179,12 @@ class LockedTrainer(Trainer):
     def _save_checkpoint(self, model, trial):
         """Save, commit by the manifest, and only then delete older ones."""
         folder = self.run.checkpoint(self.state.global_step)
-        if parallel.is_main():
-            checkpoint.remove(folder)  # a torn one of the same step
-        parallel.barrier()
         try:
+            if parallel.is_main():
+                checkpoint.remove(folder)  # a torn one of the same step
+                if checkpoint.free_bytes(folder) < self.checkpoint_bytes:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            parallel.barrier()
             super()._save_checkpoint(model, trial)
             parallel.barrier()
             if parallel.is_main():
@@ -208,6 +237,12 @@ class LockedTrainer(Trainer):
             self._load_best_model()
         return best
 
+    def export(self, folder: Path) -> None:
+        """Write the weights in Hugging Face format, configured as the model came."""
+        if self._use_cache is not None:
+            self.model.config.use_cache = self._use_cache  # the Trainer switched it off
+        self.save_model(str(folder))
+
     # -- going on --------------------------------------------------------------------------------
 
     def run_from(self, found: Path | None) -> None:
@@ -218,6 +253,16 @@ class LockedTrainer(Trainer):
         else:
             self.train(resume_from_checkpoint=str(found) if found else None)
 
+    def _init_training_state(
+        self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+    ):
+        """How often to log and save is asked now; the saved state remembers the last time's."""
+        result = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+        )
+        self.state.compute_steps(self.args, max_steps)
+        return result
+
     def _is_finished(self, found: Path) -> bool:
         """Whether no step is left: all done, or early stopping had decided before the save."""
         state = TrainerState.load_from_json(str(found / TRAINER_STATE_NAME))
@@ -226,6 +271,18 @@ class LockedTrainer(Trainer):
         waited = saved["attributes"]["early_stopping_patience_counter"] if saved else 0
         is_out_of_patience = patience is not None and waited >= patience
         return state.global_step >= self.args.max_steps or is_out_of_patience
+
+
+def use_one_device(args: TrainingArguments) -> str | None:
+    """One process uses one device: nn.DataParallel would split a batch. A note where it matters."""
+    visible = args.n_gpu
+    if visible <= 1:
+        return None
+    args._n_gpu = 1
+    return (
+        f"{visible} devices are visible, but one process uses only the first. To use all: "
+        f"accelerate launch --num_processes {visible} -m pipeline train CONFIG"
+    )
 
 
 def running_layout(args: TrainingArguments) -> parallel.Running:

@@ -1,4 +1,4 @@
-"""kill -9 in the middle of a save, for real, again and again: the end is bit-equal to a whole run."""
+"""kill -9 in the middle of a save, for real, many times: the end is bit-equal to a whole run."""
 
 import json
 import multiprocessing

@@ -90,7 +90,7 @@ def test_rotation_keeps_the_newest_and_the_best_and_drops_torn_ones(saved, tmp_p
 
 def test_a_disk_without_room_is_refused_before_the_run(tmp_path):
     with pytest.raises(RunFolderError, match="needs about 1,000,000,000 MB"):
-        checkpoint.require_space(tmp_path / "not" / "there", 10**15, "A checkpoint")
+        checkpoint.require_space(tmp_path / "not" / "there", 10**15)
 
 
 @pytest.mark.parametrize(

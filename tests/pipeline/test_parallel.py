@@ -1,5 +1,6 @@
 """The start-up guard, in one process with stand-ins, then with two real processes on loopback."""
 
+import json
 import os
 import socket
 import subprocess
@@ -7,10 +8,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from pipeline import parallel
+from pipeline.config.load import load_config
 from pipeline.errors import LayoutError
 from pipeline.parallel import Launch, Running
+from pipeline.records import read_jsonl
+from pipeline.train import train
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -51,34 +57,76 @@ def test_alone_every_agreement_is_ones_own_opinion():
     assert parallel.from_main("me") == "me"
 
 
+CONFIG = """
+name: {name}
+output_dir: runs
+model:
+  task: text-classification
+  model_type: bert
+  tokenizer_vocab_size: 300
+  config_overrides: {{hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 2,
+                      intermediate_size: 64, max_position_embeddings: 32}}
+data: {{path: json, data_files: {files}, max_length: 16}}
+train: {{global_batch_size: 8, per_device_train_batch_size: 2, max_steps: 4, logging_steps: 1,
+         adam_epsilon: 1e-3, learning_rate: 1e-2, use_cpu: true, save_steps: 2}}
+dropout: {{hidden: 0.2, attention: 0.1}}
+wandb: {{mode: disabled}}
+"""
+
 CHILD = """
 import sys, torch
-from transformers import TrainingArguments
 from pipeline import parallel
+from pipeline.config.load import load_config
+from pipeline.config.load import load_config
 from pipeline.errors import LayoutError
-from pipeline.trainer import running_layout
+from pipeline.train import train
 
+config = load_config("two.yaml")
+assert train(config, lambda message: sys.stderr.write(message + "\\n")) == 0
 launch = parallel.read_launch()
-args = TrainingArguments(output_dir="unwritten", use_cpu=True, report_to="none")
-parallel.guard(launch, args.world_size, running_layout(args))
 assert parallel.agree_any(launch.rank == 1) and not parallel.agree_any(False)
 assert parallel.sum_over_ranks(torch.tensor(launch.rank + 1)).item() == 3
 assert parallel.from_main(launch.rank) == 0 and parallel.from_all(launch.rank) == [0, 1]
-alone = TrainingArguments(output_dir="unwritten", use_cpu=False, report_to="none")
 try:
-    parallel.guard(launch, alone.world_size, running_layout(alone))
+    train(load_config("two.yaml", ["name=refused", "train.use_cpu=false"]))
 except LayoutError as error:
     sys.stderr.write(f"rank {launch.rank} refused with {error.exit_code}\\n")
+torch.distributed.destroy_process_group()
 """
 
 
-def test_two_processes_agree_and_refuse_to_train_as_two_worlds_of_one(tmp_path):
+def test_two_processes_train_as_one_and_refuse_to_train_as_two_worlds(tmp_path, monkeypatch):
     """Without use_cpu, two processes on a machine without accelerator each see a world of one."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    write_files(tmp_path)
     done = run_two(tmp_path, CHILD)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stderr.count("The model of step 4 is in") == 1
     for rank in (0, 1):
         assert f"rank {rank} refused with 2" in done.stderr
-    assert [path.name for path in tmp_path.iterdir()] == ["child.py"]
+    assert not Path("runs/refused").exists()
+    train(load_config("one.yaml"))
+    one, two = (load_file(f"runs/{name}/model/model.safetensors") for name in ("one", "two"))
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, atol=2e-6, rtol=1e-5)
+    one, two = (losses(f"runs/{name}/metrics.jsonl") for name in ("one", "two"))
+    assert two == [pytest.approx(value, rel=1e-5) for value in one]
+
+
+def write_files(folder):
+    rows = [{"text": f"word {n} of {n % 3}" * (1 + n % 3), "label": "ab"[n % 2]} for n in range(21)]
+    for split in ("train", "validation", "test"):
+        lines = "\n".join(json.dumps(row) for row in rows[: 21 if split == "train" else 5])
+        (folder / f"{split}.jsonl").write_text(lines)
+    files = {split: f"{split}.jsonl" for split in ("train", "validation", "test")}
+    for name in ("one", "two"):
+        (folder / f"{name}.yaml").write_text(CONFIG.format(name=name, files=json.dumps(files)))
+
+
+def losses(path):
+    """Each step's training loss, and at the end the validation loss over a ragged share of rows."""
+    return [row.get("train/loss", row.get("eval/loss")) for row in read_jsonl(path)]
 
 
 def run_two(folder, code):

@@ -14,12 +14,13 @@ from peft import AutoPeftModelForSequenceClassification
 from safetensors.torch import load_file
 
 import pipeline.train
+from pipeline import checkpoint
 from pipeline.arguments import batch_split
 from pipeline.config.load import dump_config
 from pipeline.config.schema import RunConfig, TrainConfig
 from pipeline.data import load_raw, prepare_data
 from pipeline.dropout.philox import permutation
-from pipeline.errors import ConfigError, NonFiniteLossError, RunFolderError
+from pipeline.errors import CheckpointError, ConfigError, NonFiniteLossError, RunFolderError
 from pipeline.modality import MODALITIES
 from pipeline.model import build_model, load_tokenizer, plan_for
 from pipeline.records import RunFolder, read_jsonl
@@ -295,9 +296,22 @@ def test_data_that_changed_since_the_checkpoint_are_refused(finished, finished_o
         train(config)
 
 
-def test_a_change_of_layout_or_logging_may_go_on(finished):
+def test_a_change_of_layout_or_logging_goes_on_and_takes_effect(finished):
     shutil.rmtree(folder_of(finished).model)
-    assert train(changed(finished, logging_steps=3, per_device_train_batch_size=8)) == 0
+    shutil.rmtree(folder_of(finished).checkpoint(4))
+    assert train(changed(finished, logging_steps=4, per_device_train_batch_size=8)) == 0
+    steps = [row["step"] for row in numbers(finished) if "train/loss" in row]
+    assert steps == [1, 2, 4]
+
+
+def test_a_disk_that_fills_up_leaves_the_older_checkpoint(make_config, monkeypatch):
+    config = make_config(save_steps=2)
+    free = iter([10**12, 10**12])  # at the start, and for the first checkpoint
+    monkeypatch.setattr(checkpoint, "free_bytes", lambda folder: next(free, 1000))
+    with pytest.raises(CheckpointError, match=r"checkpoint-4 could not .* checkpoint-2 is whole"):
+        train(config)
+    monkeypatch.undo()
+    assert train(config) == 0
 
 
 def test_a_folder_that_is_no_run_is_left_alone(make_config):
