@@ -56,7 +56,7 @@ class Library:
         samples, queries, columns = x.shape
         x0, x2, step = x.stride()
         y0, y2, y_step = y.stride()
-        if columns > 1 and (step, y_step) != (1, 1):
+        if columns > 1 and (step, y_step) != (1, 1) and x.numel():
             return y.copy_(self.rows(x.contiguous(), per_row, group))
         sizes = (samples, 1, queries, columns, x0, 0, x2, y0, 0, y2)
         return self._run(x, y, (0, group), sizes, per_row, _FEATURES)
@@ -68,7 +68,7 @@ class Library:
         y = torch.empty_like(x)
         *x_strides, step = x.stride()
         *y_strides, y_step = y.stride()
-        if x.shape[3] > 1 and (step, y_step) != (1, 1):
+        if x.shape[3] > 1 and (step, y_step) != (1, 1) and x.numel():
             return y.copy_(self.attention(x.contiguous(), per_row, columns, head_offset))
         columns = _as(columns, torch.int64)
         sizes = (*x.shape, *x_strides, *y_strides)
