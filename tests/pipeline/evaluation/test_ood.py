@@ -168,6 +168,12 @@ def test_the_verdict_names_the_winner_and_how_monte_carlo_did(
     assert section["mc_beats_deterministic"] == (relation == "beats")
 
 
+def test_the_verdict_states_the_difference_of_the_two_figures():
+    section = contest(2.0, 0.5)
+    difference = section["scores"]["mc_msp"]["auroc"] - section["scores"]["energy"]["auroc"]
+    assert f"difference {difference:+.3f}, interval +0." in section["verdict"]
+
+
 def test_a_section_holds_each_figure_inside_its_interval():
     section = contest(1.0, 1.0)
     assert (section["best_mc"], section["best_deterministic"]) == ("mc_msp", "energy")
