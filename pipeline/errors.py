@@ -1,16 +1,16 @@
 """Errors a user can act on. Each message says what was asked, what was found and what to do.
 
-    MasklockError
-    ├── InputError              exit 2: nothing was written
-    │   ├── ConfigError         the YAML or an override (all problems at once)
-    │   ├── DataError           rows, columns, labels
-    │   ├── ModelError          model, tokenizer, adapter
-    │   ├── DropoutError        a rate or a site that cannot be in force
-    │   └── RunFolderError      the run folder holds something else
-    ├── LayoutError             exit 2: processes or engine are not the ones asked for
-    ├── LeakError               exit 1: randomness was drawn outside the plan
-    ├── NonFiniteLossError      exit 1: stopped before the update
-    └── CheckpointError         exit 1: a checkpoint could not be written
+MasklockError
+├── InputError              exit 2: nothing was written
+│   ├── ConfigError         the YAML or an override (all problems at once)
+│   ├── DataError           rows, columns, labels
+│   ├── ModelError          model, tokenizer, adapter
+│   ├── DropoutError        a rate or a site that cannot be in force
+│   └── RunFolderError      the run folder holds something else
+├── LayoutError             exit 2: processes or engine are not the ones asked for
+├── LeakError               exit 1: randomness was drawn outside the plan
+├── NonFiniteLossError      exit 1: stopped before the update
+└── CheckpointError         exit 1: a checkpoint could not be written
 """
 
 

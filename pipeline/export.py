@@ -8,8 +8,9 @@ from pathlib import Path
 from pipeline.config.load import load_config
 from pipeline.dropout.plan import DropoutPlan
 from pipeline.errors import RunFolderError
-from pipeline.model import load_tokenizer, load_trained
+from pipeline.model import load_trained
 from pipeline.records import RunFolder
+from pipeline.tokenizer import load_tokenizer
 
 
 def export(run: RunFolder, output: Path) -> Path:

@@ -20,8 +20,9 @@ from pipeline.dropout.context import KeyedDropout
 from pipeline.dropout.plan import DropoutPlan
 from pipeline.errors import RunFolderError
 from pipeline.modality.bundle import MODALITIES
-from pipeline.model import build_model, load_tokenizer, plan_for
+from pipeline.model import build_model, plan_for
 from pipeline.records import RunFolder, write_json, write_text
+from pipeline.tokenizer import load_tokenizer
 from pipeline.tracking import Tracker, open_tracker
 from pipeline.trainer import LockedTrainer, running_layout, use_one_device
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.dropout import doors
-from pipeline.dropout.key import derive_key
 from pipeline.dropout.kernels import keyed_attention, keyed_rows
+from pipeline.dropout.key import derive_key
 from pipeline.dropout.philox import scale, threshold
 from pipeline.dropout.plan import DropoutPlan
 from pipeline.dropout.positions import StackInputs, is_stack

@@ -23,8 +23,9 @@ from pipeline.evaluation.mc_dropout import MonteCarlo
 from pipeline.evaluation.ood.registry import fit_detectors
 from pipeline.evaluation.predict import ClassPrediction, Predictor, TokenPrediction
 from pipeline.modality.bundle import MODALITIES, chosen
-from pipeline.model import load_tokenizer, load_trained
+from pipeline.model import load_trained
 from pipeline.records import RunFolder, read_jsonl, write_bytes, write_json
+from pipeline.tokenizer import load_tokenizer
 from pipeline.tracking import open_tracker
 
 EXCERPT = 500  # characters of text kept in samples.parquet

