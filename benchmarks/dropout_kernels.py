@@ -2,9 +2,9 @@
 
     python benchmarks/dropout_kernels.py
 
-Both are timed in the same rounds. Two ratios of ours to theirs, below 1 is faster than torch: of the
-fastest tenth of the rounds (the work alone: other programs add waits, they never take any away), and
-the median of each round's own ratio (with whatever else the machine does).
+Both are timed in the same rounds. Two ratios of ours to theirs, below 1 is faster than torch: of
+the fastest tenth of the rounds (the work alone: other programs add waits, they never take any away)
+and the median of each round's own ratio (with whatever else the machine does).
 """
 
 import statistics

@@ -26,7 +26,7 @@ _ROW_DTYPES = (torch.int64, torch.int64, torch.int64, torch.int64, torch.float32
 _FEATURES = (0, 0, 0)  # columns are features, not key positions
 _CALL = Struct("=34q")  # struct Call of masks.cpp
 _pack = _CALL.pack
-_MIN_THREADED = 1 << 15  # below this many elements, waking threads costs more than it saves
+_MIN_THREADED = 1 << 16  # below this many elements, waking threads costs more than it saves
 _KNOWN_ANSWERS = (  # of Random123: key, counter, words
     (0, (0, 0, 0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
     (2**64 - 1, (2**32 - 1,) * 4, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
