@@ -62,10 +62,12 @@ def evaluate(run: RunFolder, config: RunConfig, say: Say = lambda sentence: None
     }
     scores = {split: judge.scores_of(part, detectors) for split, (part, _) in scored.items()}
     report = _report(run, config, plan, data, predictor, test, validation, scores)
-    table = pa.concat_tables(
+    tables = [
         samples_table(split, part, rows, scores[split], data.label_names)
         for split, (part, rows) in scored.items()
-    )
+    ]
+    # A set without labels has a column of nulls: it takes the type of the others.
+    table = pa.concat_tables(tables, promote_options="default")
     _write(run, report, table)
     _track(run, config, report)
     return report
