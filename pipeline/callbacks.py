@@ -144,7 +144,7 @@ class ShowProgress(TrainerCallback):
         }
         if self.bar is not None:
             self.shown.update(short)
-            self.bar.set_postfix(self.shown)
+            self.bar.set_postfix(dict(sorted(self.shown.items(), reverse=True)))
         else:
             listed = ", ".join(f"{name} {value}" for name, value in short.items())
             self.say(f"step {state.global_step}/{state.max_steps}: {listed}")

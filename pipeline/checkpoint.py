@@ -64,7 +64,7 @@ def verify(checkpoint: Path) -> list[str]:
 
 def newest_whole(run: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that verifies, and a message for each newer one that does not."""
-    passed_over = []
+    passed_over: list[str] = []
     for checkpoint in reversed(list_checkpoints(run)):
         problems = verify(checkpoint)
         if not problems:

@@ -88,9 +88,14 @@ def world_size() -> int:
     return torch.distributed.get_world_size() if _is_distributed() else 1
 
 
+def rank() -> int:
+    """This process's number among them."""
+    return torch.distributed.get_rank() if _is_distributed() else 0
+
+
 def is_main() -> bool:
     """Whether this process writes and speaks for all."""
-    return not _is_distributed() or torch.distributed.get_rank() == 0
+    return rank() == 0
 
 
 def barrier() -> None:

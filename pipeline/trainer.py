@@ -15,7 +15,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset
 from transformers import PrinterCallback, Trainer, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.utils import logging as hf_logging
@@ -27,6 +26,7 @@ from pipeline.dropout.context import ActiveMasks, KeyedDropout
 from pipeline.errors import DropoutError, NonFiniteLossError
 from pipeline.modality.bundle import Modality
 from pipeline.records import RunFolder
+from pipeline.validation import validation_sums
 
 # Signatures this file overrides or calls, held against the installed version by tests/contract.
 TOUCH_POINTS = {
@@ -45,6 +45,7 @@ TOUCH_POINTS = {
     "_save": ("self", "output_dir", "state_dict"),
     "_save_rng_state": ("self", "output_dir"),
     "_load_rng_state": ("self", "checkpoint"),
+    "_prepare_inputs": ("self", "inputs"),
     "_determine_best_metric": ("self", "metrics", "trial"),
     "_load_from_checkpoint": ("self", "resume_from_checkpoint", "model"),
     "_load_best_model": ("self",),
@@ -63,6 +64,8 @@ class LockedTrainer(Trainer):
         checkpoint_bytes: about what a checkpoint takes on the disk.
         meter: counts the tokens of each step.
     """
+
+    model: Any
 
     def __init__(
         self,
@@ -137,7 +140,14 @@ class LockedTrainer(Trainer):
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """Metrics of the validation rows, each counted once on however many processes."""
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
-        sums = self._validation_sums(rows)
+        sums = validation_sums(
+            self.model_wrapped if self.is_deepspeed_enabled else self.model,
+            rows,
+            self.modality,
+            self.data_collator,
+            self.args.per_device_eval_batch_size,
+            self._prepare_inputs,
+        )
         measured = self.modality.eval_metrics(sums)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in measured.items()}
         self.log(metrics)
@@ -145,34 +155,6 @@ class LockedTrainer(Trainer):
             self.args, self.state, self.control, metrics
         )
         return metrics
-
-    def _validation_sums(self, rows: Any) -> dict[str, Tensor]:
-        """Sums over all batches and processes."""
-        model = self.model_wrapped if self.is_deepspeed_enabled else self.model
-        totals: dict[str, Tensor] = {}
-        with evaluating(model), torch.no_grad():
-            for batch, counts in self._validation_batches(rows):
-                inputs = self._prepare_inputs(batch)
-                labels = inputs.pop("labels")
-                inputs.pop("sample_id", None)
-                sums = self.modality.eval_sums(model(**inputs).logits, labels)
-                for name, value in sums.items() if counts else ():
-                    totals[name] = totals[name] + value if name in totals else value
-                for name in sums:
-                    totals.setdefault(name, torch.zeros_like(sums[name]))
-        return {name: parallel.sum_over_ranks(value) for name, value in totals.items()}
-
-    def _validation_batches(self, rows: Any) -> Iterator[tuple[dict[str, Tensor], bool]]:
-        """This process's batches, as many as every other's; idle ones do not count."""
-        size, world = self.args.per_device_eval_batch_size, parallel.world_size()
-        rank = self.args.process_index
-        mine = list(range(rank, len(rows), world))
-        whole = -(-len(rows) // world)
-        idle = Subset(rows, [0])
-        batches = DataLoader(Subset(rows, mine), batch_size=size, collate_fn=self.data_collator)
-        yield from ((batch, True) for batch in batches)
-        for _ in range(-(-whole // size) - len(batches)):
-            yield self.data_collator([idle[0]]), False
 
     # -- checkpoints -----------------------------------------------------------------------------
 
@@ -206,7 +188,7 @@ class LockedTrainer(Trainer):
         with quiet_bars():
             super()._save(output_dir, state_dict)
         if self.args.should_save:
-            (Path(output_dir or self.args.output_dir) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+            (Path(output_dir or self.run.path) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
 
     def _save_rng_state(self, output_dir):
         """Nothing: masks and order come from keys, not from a generator's state."""
@@ -314,15 +296,3 @@ def quiet_bars() -> Iterator[None]:
     finally:
         if was_on:
             hf_logging.enable_progress_bar()
-
-
-@contextmanager
-def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while; modules frozen in evaluation mode stay so."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, was_training in modes.items():
-            module.training = was_training

@@ -36,6 +36,7 @@ FLOORS = {
     "pipeline.arguments": 5,
     "pipeline.callbacks": 5,
     "pipeline.trainer": 5,
+    "pipeline.validation": 5,
     "pipeline.train": 5,
     "pipeline.evaluation": 5,
     "pipeline.check": 6,
@@ -44,7 +45,13 @@ FLOORS = {
     "pipeline.quickstart": 7,
     "pipeline.__main__": 8,
 }
-TRAINING = {"pipeline.arguments", "pipeline.callbacks", "pipeline.trainer", "pipeline.train"}
+TRAINING = {
+    "pipeline.arguments",
+    "pipeline.callbacks",
+    "pipeline.trainer",
+    "pipeline.train",
+    "pipeline.validation",
+}
 
 
 def module_name(path: Path) -> str:
