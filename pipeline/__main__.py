@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pipeline.errors import InputError, LayoutError, MasklockError
+from pipeline.library_output import without_data_bars
 
 if TYPE_CHECKING:
     from pipeline.config.schema import RunConfig
@@ -72,9 +73,10 @@ def evaluate(run: Run, overrides: Overrides = None) -> None:
     """Deterministic and Monte-Carlo passes, calibration, out-of-distribution scores."""
     loaded = _load(run, overrides)
     folder = _folder(run, loaded)
+    from monitoring.figures import save_figures
     from pipeline.evaluation.stage import evaluate as stage
 
-    result = stage(folder, loaded, _say)
+    result = stage(folder, loaded, _say, save_figures)
     _say(*result["verdict"], str(folder.report_json))
 
 
@@ -144,10 +146,11 @@ def quickstart(
     modality: Annotated[str, typer.Option(help="Which modality to show.")] = "language",
 ) -> None:
     """The whole flow on real data found on any machine: offline, CPU, a few minutes."""
+    from monitoring.figures import save_figures
     from monitoring.report import write_report
     from pipeline.quickstart import quickstart as stage
 
-    _say(f"The report is {stage(modality, write_report, _say)}")
+    _say(f"The report is {stage(modality, save_figures, write_report, _say)}")
 
 
 def main() -> None:
@@ -155,6 +158,7 @@ def main() -> None:
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     for package in ("pipeline", "monitoring"):
         logging.getLogger(package).setLevel(logging.INFO)
+    without_data_bars()
     try:
         _refuse_foreign_packages()
         app(args=[word for word in sys.argv[1:] if not _from_launcher(word)])

@@ -1,15 +1,21 @@
-"""Adapters of the peft library around a model, from the configuration's `peft` section."""
+"""Adapters of the peft library around a model, from the configuration's `peft` section.
+
+The section is any configuration of peft: every method it has is ours without a line of code.
+"""
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
 from pipeline.config.schema import RunConfig
 from pipeline.errors import ModelError
+from pipeline.library_output import without_old_names
 
 
 def peft_config_of(config: RunConfig) -> Any:
+    """The section as an object of peft."""
     from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftType
 
     assert config.peft is not None
@@ -19,7 +25,10 @@ def peft_config_of(config: RunConfig) -> Any:
     return cls(**{"task_type": task, **copy.deepcopy(config.peft.model_extra or {})})
 
 
-def with_adapter(config: RunConfig, model: nn.Module, rates: dict[str, float | None]) -> nn.Module:
+def with_adapter(
+    config: RunConfig, model: nn.Module, rates: Mapping[str, float | None]
+) -> nn.Module:
+    """The model with the adapter of the `peft` section around it, or as it came."""
     if config.peft is None:
         return model
     from peft import get_peft_model
@@ -28,6 +37,7 @@ def with_adapter(config: RunConfig, model: nn.Module, rates: dict[str, float | N
     if rates.get("lora_dropout") is not None:
         peft_config.lora_dropout = rates["lora_dropout"]
     try:
-        return get_peft_model(model, peft_config)
+        with without_old_names():
+            return get_peft_model(model, peft_config)
     except ValueError as error:
         raise ModelError(f"peft: {error}") from error

@@ -1,6 +1,11 @@
-"""What the dropout plan needs of a model that is not loaded: built from its configuration, on no device at all."""
+"""What the dropout plan needs of a model that is not loaded.
+
+The model is built from its configuration alone, on the `meta` device where its forward runs there:
+no weight is read, so that a plan costs a fraction of a second.
+"""
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,17 +20,17 @@ from pipeline.dropout.sites import ROLE_OF_ATTRIBUTE
 from pipeline.errors import ModelError
 from pipeline.model_config import auto_class, set_rates
 
-_TRACE_LENGTH = 8
 _LARGEST_CPU_TRACE = 1_500_000_000
 
 
 def _rate_fields(config: RunConfig, hf_config: PreTrainedConfig) -> dict[str, float | None]:
-    """The rate-carrying fields of the model's and the adapter's configuration, with their own rates."""
+    """The rate-carrying fields of model and adapter, with their own rates."""
     fields: dict[str, float | None] = {}
-    for prefix, part in (("", hf_config), *_text_config(hf_config)):
+    for prefix, part in (("", hf_config), *_nested(hf_config)):
         for name in part.to_dict():
             value = getattr(part, name, None)
-            if name in ROLE_OF_ATTRIBUTE and (value is None or isinstance(value, int | float)):
+            is_rate = value is None or isinstance(value, int | float)
+            if name in ROLE_OF_ATTRIBUTE and is_rate and _takes_fractions(part, name):
                 fields[prefix + name] = value
     if config.peft is not None:
         own = config.dropout.adapter
@@ -35,27 +40,44 @@ def _rate_fields(config: RunConfig, hf_config: PreTrainedConfig) -> dict[str, fl
     return fields
 
 
-def _text_config(hf_config: PreTrainedConfig) -> list[tuple[str, PreTrainedConfig]]:
-    text = hf_config.get_text_config()
-    return [] if text is hf_config else [("text_config.", text)]
+def _nested(hf_config: PreTrainedConfig) -> list[tuple[str, PreTrainedConfig]]:
+    """Configurations of a model's parts (`text_config.`, `attn_config.`)."""
+    parts = vars(hf_config).items()
+    return [(f"{name}.", part) for name, part in parts if isinstance(part, PreTrainedConfig)]
+
+
+def _takes_fractions(hf_config: PreTrainedConfig, name: str) -> bool:
+    """Configurations check types, and some declare a rate as a whole number."""
+    try:
+        setattr(copy.copy(hf_config), name, 0.5)
+    except Exception:
+        return False
+    return True
 
 
 def blueprint_of(config: RunConfig, hf_config: PreTrainedConfig) -> Blueprint:
-    device = _trace_device(config, hf_config)
+    """The blueprint of a run's model.
 
-    def build(rates: dict[str, float | None]) -> nn.Module:
+    Raises:
+        ModelError: the model cannot be built or traced as configured.
+    """
+    fields = _rate_fields(config, hf_config)
+    skeleton = _skeleton(config, hf_config, fields, "meta")
+    _check_length(config, hf_config, skeleton)
+    device = _trace_device(hf_config, skeleton)
+
+    def build(rates: Mapping[str, float | None]) -> nn.Module:
         return _skeleton(config, hf_config, rates, device)
 
-    def example(batch_size: int) -> dict[str, Any]:
-        return _example(hf_config, batch_size, device)
+    def example(batch_size: int, length: int) -> dict[str, Any]:
+        return _example(hf_config, batch_size, length, device)
 
-    body = getattr(_skeleton_class(auto_class(config), hf_config), "base_model_prefix", "")
     is_classifier = config.model.task == "text-classification"
     return Blueprint(
         build=build,
         example=example,
-        defaults=_rate_fields(config, hf_config),
-        body_prefix=body,
+        defaults=fields,
+        body_prefix=getattr(skeleton, "base_model_prefix", ""),
         has_classification_head=is_classifier,
         insertable=_insertable,
         attention_refusal=_attention_refusal(config.model.attn_implementation),
@@ -66,42 +88,50 @@ def _attention_refusal(implementation: str | None) -> str:
     if implementation in (None, "eager"):
         return ""
     return (
-        f"model.attn_implementation is {implementation}, whose fused kernel draws its own masks; use "
-        "`attn_implementation: eager`, or set dropout.attention to 0"
+        f"model.attn_implementation is {implementation}, whose fused kernel draws its own masks; "
+        "use `attn_implementation: eager`, or set dropout.attention to 0"
     )
 
 
-def _skeleton_class(automatic: Any, hf_config: PreTrainedConfig) -> Any:
-    try:
-        return automatic._model_mapping[type(hf_config)]
-    except KeyError:
-        return automatic
-
-
 def _skeleton(
-    config: RunConfig, hf_config: PreTrainedConfig, rates: dict[str, float | None], device: str
+    config: RunConfig, hf_config: PreTrainedConfig, rates: Mapping[str, float | None], device: str
 ) -> nn.Module:
     tagged = copy.deepcopy(hf_config)
     set_rates(tagged, rates)
     with torch.random.fork_rng(devices=[]), torch.device(device):
         try:
             model = auto_class(config).from_config(tagged, attn_implementation="eager")
-        except ValueError as error:
+        except Exception as error:  # whatever a modelling file says of a configuration
+            first_line = str(error).strip().partition("\n")[0].rstrip(".")
             raise ModelError(
-                f"{hf_config.model_type} cannot be built for the task {config.model.task}: {error}"
+                f"{hf_config.model_type} cannot be built for {config.model.task}: {first_line}. "
+                "Check model.config_overrides, or choose another model."
             ) from error
         return with_adapter(config, model, rates)
 
 
-def _trace_device(config: RunConfig, hf_config: PreTrainedConfig) -> str:
+def _check_length(config: RunConfig, hf_config: PreTrainedConfig, skeleton: nn.Module) -> None:
+    longest = getattr(hf_config.get_text_config(), "max_position_embeddings", None)
+    if longest is None or longest < 0:
+        return
+    for name, module in skeleton.named_modules():
+        is_table = name.endswith("position_embeddings") and isinstance(module, nn.Embedding)
+        if is_table and module.padding_idx is not None:  # RoBERTa's positions begin behind padding
+            longest -= module.padding_idx + 1
+    if config.data.max_length > longest:
+        raise ModelError(
+            f"data.max_length is {config.data.max_length}, but the model allows {longest} "
+            f"positions; set data.max_length to at most {longest}."
+        )
+
+
+def _trace_device(hf_config: PreTrainedConfig, skeleton: nn.Module) -> str:
     """`meta` where the forward runs without data, else the CPU for models that fit."""
-    rates = _rate_fields(config, hf_config)
-    model = _skeleton(config, hf_config, rates, "meta")
     try:
-        model(**_example(hf_config, 2, "meta"))
+        skeleton(**_example(hf_config, 2, 4, "meta"))
         return "meta"
-    except Exception as error:  # noqa: BLE001 - whatever a modelling file does with the values of its inputs
-        size = sum(p.numel() for p in model.parameters())
+    except Exception as error:  # whatever a modelling file does with the values of its inputs
+        size = sum(p.numel() for p in skeleton.parameters())
         if size > _LARGEST_CPU_TRACE:
             raise ModelError(
                 f"{hf_config.model_type} cannot be traced without its weights ({error}), and with "
@@ -110,10 +140,14 @@ def _trace_device(config: RunConfig, hf_config: PreTrainedConfig) -> str:
         return "cpu"
 
 
-def _example(hf_config: PreTrainedConfig, batch_size: int, device: str) -> dict[str, Any]:
-    ids = torch.ones(batch_size, _TRACE_LENGTH, dtype=torch.long, device=device)
-    if device != "meta" and isinstance(hf_config.eos_token_id, int):
-        ids[:, -1] = hf_config.eos_token_id
+def _example(
+    hf_config: PreTrainedConfig, batch_size: int, length: int, device: str
+) -> dict[str, Any]:
+    ids = torch.ones(batch_size, length, dtype=torch.long, device=device)
+    text_config = hf_config.get_text_config()
+    end = getattr(text_config, "eos_token_id", None)
+    if device != "meta" and isinstance(end, int) and end < text_config.vocab_size:
+        ids[:, -1] = end
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 

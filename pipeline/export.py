@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 from pipeline.config.load import load_config
 from pipeline.dropout.plan import DropoutPlan
@@ -27,7 +28,7 @@ def export(run: RunFolder, output: Path) -> Path:
     plan = DropoutPlan.from_json(json.loads(run.plan.read_text(encoding="utf-8")))
     own = config.model.model_copy(update={"tokenizer_name_or_path": str(run.model)})
     tokenizer = load_tokenizer(config.model_copy(update={"model": own}), [])
-    model = load_trained(run.model, config, _label_names(run), plan, tokenizer)
+    model: Any = load_trained(run.model, config, _label_names(run), plan, tokenizer)
     if config.peft is not None:
         model = model.merge_and_unload()
     unfinished = output.with_name(f".{output.name}.unfinished")

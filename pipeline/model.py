@@ -1,5 +1,9 @@
-"""Models from a configuration: the plan of one not yet loaded, the one a run starts from, the one a run saved."""
+"""Models from a configuration: the plan of one not yet loaded, one to train, one that was trained.
 
+New weights come from the run's seed, never from whatever a generator happens to hold.
+"""
+
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +18,7 @@ from pipeline.config.schema import RunConfig
 from pipeline.dropout.key import derive_key
 from pipeline.dropout.plan import DropoutPlan, make_plan
 from pipeline.errors import ModelError
+from pipeline.library_output import without_load_report, without_old_names
 from pipeline.model_config import (
     auto_class,
     fit_to_tokenizer,
@@ -23,6 +28,8 @@ from pipeline.model_config import (
     set_rates,
 )
 from pipeline.records import sha256_of_file
+
+logger = logging.getLogger(__name__)
 
 
 def plan_for(
@@ -42,7 +49,11 @@ def build_model(
     plan: DropoutPlan,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> nn.Module:
-    """Load (or initialise) the model that a run starts from, with adapters; new weights come from the run's seed."""
+    """Load (or initialise) the model that a run starts from, with its adapter.
+
+    Raises:
+        ModelError: the weights cannot be found, are not the ones asked for, or do not fit.
+    """
     hf_config = _planned_config(config, label_names, plan, tokenizer)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_key(config.seed, "init", 0, "weights", "model", 0) >> 1)
@@ -57,15 +68,25 @@ def load_trained(
     plan: DropoutPlan,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> nn.Module:
-    """The model that a run saved under `folder`: the adapter on its base, or the full weights."""
+    """The model that a run saved under `folder`: the adapter on its base, or the full weights.
+
+    Raises:
+        ModelError: the folder lacks weights of this model.
+    """
     hf_config = _planned_config(config, label_names, plan, tokenizer)
     if config.peft is None:
-        options = _load_options(config, hf_config, plan)
-        return auto_class(config).from_pretrained(folder, config=hf_config, **options)
+        model, missing, mismatched = _read_weights(str(folder), config, hf_config, plan)
+        if missing or mismatched:
+            raise ModelError(
+                f"{folder} was to hold the trained model, but these weights are missing or of "
+                f"another shape: {_listed([*missing, *mismatched])}. Train the run again."
+            )
+        return model
     from peft import PeftModel
 
     base = _load_weights(config, hf_config, plan)
-    return PeftModel.from_pretrained(base, str(folder))
+    with without_old_names():
+        return PeftModel.from_pretrained(base, str(folder))
 
 
 def _planned_config(
@@ -93,24 +114,63 @@ def _load_options(
 
 
 def _load_weights(config: RunConfig, hf_config: PreTrainedConfig, plan: DropoutPlan) -> nn.Module:
-    options = _load_options(config, hf_config, plan)
+    """The weights that the configuration names; those of a new head come from the generator."""
     name = config.model.model_name_or_path
     if name is None:
+        options = _load_options(config, hf_config, plan)
         options.pop("use_safetensors")
         return auto_class(config).from_config(hf_config, **options)
     path = resolve(name)
     if config.model.weights_sha256 is not None:
         _check_weights(path, config.model.weights_sha256)
     try:
-        return auto_class(config).from_pretrained(
+        model, missing, mismatched = _read_weights(path, config, hf_config, plan)
+    except OSError as error:
+        raise ModelError(not_found("model", name, error)) from error
+    _tell_new_weights(model, name, missing, mismatched)
+    return model
+
+
+def _read_weights(
+    path: str, config: RunConfig, hf_config: PreTrainedConfig, plan: DropoutPlan
+) -> tuple[nn.Module, list[str], list[str]]:
+    """The model, the weights that its file lacks, and those that have another shape there."""
+    with without_load_report():
+        model, found = auto_class(config).from_pretrained(
             path,
             config=hf_config,
             revision=config.model.model_revision,
             trust_remote_code=config.model.trust_remote_code,
-            **options,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            **_load_options(config, hf_config, plan),
         )
-    except OSError as error:
-        raise ModelError(not_found("model", name, error)) from error
+    mismatched = [
+        f"{key} ({list(there)}, here {list(here)})" for key, there, here in found["mismatched_keys"]
+    ]
+    return model, sorted(found["missing_keys"]), sorted(mismatched)
+
+
+def _tell_new_weights(
+    model: nn.Module, name: str, missing: list[str], mismatched: list[str]
+) -> None:
+    """A new head is expected; a new part of the body is not, and one of another shape is wrong."""
+    body = f"{getattr(model, 'base_model_prefix', '')}."
+    if wrong := [entry for entry in mismatched if entry.startswith(body)]:
+        raise ModelError(
+            f"The weights of {name} have other shapes than model.config_overrides asks for: "
+            f"{_listed(wrong)}."
+        )
+    if mismatched:
+        logger.warning(
+            "The head of %s has another shape and starts anew: %s.", name, _listed(mismatched)
+        )
+    if new := [key for key in missing if key.startswith(body)]:
+        logger.warning("Not in the weights of %s, so these start anew: %s.", name, _listed(new))
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f", ... ({len(names)} in all)" if len(names) > 5 else "")
 
 
 def _check_weights(path: str, expected: str) -> None:

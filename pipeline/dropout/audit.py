@@ -1,4 +1,8 @@
-"""Proves that a forward drew nothing outside the plan: watches torch's random operators and the host's generators."""
+"""Proves that a forward drew nothing outside the plan.
+
+It watches torch's random operators, and compares the states of Python's and numpy's generators
+before and after: whatever drew past the doors has no key, and could not be drawn again.
+"""
 
 import hashlib
 import pickle

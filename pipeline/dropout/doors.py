@@ -1,19 +1,21 @@
-"""The doors through which dropout enters a model, opened so that every draw goes through one function.
+"""The doors through which dropout enters a model, opened so that all draws go through one function.
 
-Nothing here knows about keys or masks: a draw function receives (door, site, tensor, rate) and returns the tensor.
+Nothing here knows about keys or masks: a draw function receives (door, site, tensor, rate) and
+returns the tensor.
 """
 
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.dropout.key import canonical_site
 
+Body = Callable[..., Any]
 Draw = Callable[[str, str, Tensor, float], Tensor]
 """(door, site, tensor, rate of the call) -> masked tensor."""
 
@@ -40,7 +42,13 @@ def _keyed_class(original: type[nn.Module]) -> type[nn.Module]:
 
 def site_names(model: nn.Module) -> dict[nn.Module, str]:
     """Every module of a (possibly wrapped) model with its name in the bare model."""
-    return {module: canonical_site(name) for name, module in model.named_modules()}
+    # The dot lets a name be recognised that is nothing but a wrapper: DDP's `module` is the root.
+    return {m: canonical_site(f"{name}.").strip(".") for name, m in model.named_modules()}
+
+
+def is_bound(names: dict[nn.Module, str]) -> bool:
+    """Whether another draw function has opened this model's doors."""
+    return any(isinstance(module, _KeyedModule) for module in names)
 
 
 def open_modules(names: dict[nn.Module, str], draw: Draw) -> Callable[[], None]:
@@ -50,7 +58,8 @@ def open_modules(names: dict[nn.Module, str], draw: Draw) -> Callable[[], None]:
         if isinstance(module, nn.Dropout) and type(module).forward is nn.Dropout.forward:
             module.__dict__["masklock_draw"] = draw
             module.__dict__["masklock_site"] = name
-            module.__class__ = _keyed_class(type(module))
+            original: Any = type(module)
+            module.__class__ = _keyed_class(original)  # type: ignore[assignment]
             swapped.append(module)
 
     def close() -> None:
@@ -72,11 +81,9 @@ def open_inserted(names: dict[nn.Module, str], sites: set[str], draw: Draw) -> C
 
         return hook
 
-    handles = [
-        module.register_forward_hook(hook_for(name))
-        for module, name in names.items()
-        if name in sites
-    ]
+    # A wrapper has the name of what it wraps: the first of a name is the outermost.
+    outermost = {name: module for module, name in reversed(names.items()) if name in sites}
+    handles = [m.register_forward_hook(hook_for(name)) for name, m in outermost.items()]
 
     def close() -> None:
         for handle in handles:
@@ -89,8 +96,8 @@ def open_inserted(names: dict[nn.Module, str], sites: set[str], draw: Draw) -> C
 def open_functional(find: Callable[[nn.Module], tuple[str, Draw] | None]) -> Iterator[None]:
     """Route `nn.functional.dropout` through a draw function while the block runs.
 
-    The site is the nearest caller whose `self` or `module` is a module that `find` knows. Calls from elsewhere keep
-    torch's own dropout.
+    The site is the nearest caller whose `self` or `module` is a module that `find` knows. Calls
+    from elsewhere keep torch's own dropout.
     """
 
     def dropout(
@@ -99,11 +106,11 @@ def open_functional(find: Callable[[nn.Module], tuple[str, Draw] | None]) -> Ite
         found = _calling_site(find)
         if found is None:
             return previous(input, p, training, inplace)
-        site, draw = found
+        site, draw = cast(tuple[str, Draw], found)
         return draw(FUNCTIONAL, site, input, p if training else 0.0)
 
     previous = nn.functional.dropout
-    nn.functional.dropout = dropout  # type: ignore[assignment]
+    nn.functional.dropout = dropout
     try:
         yield
     finally:
@@ -136,23 +143,33 @@ def unsupported_modules(names: dict[nn.Module, str]) -> dict[str, str]:
     }
 
 
-def wrap_checkpointing(modules: list[nn.Module], segment: Callable[[Callable], Callable]) -> None:
-    """Let every gradient-checkpointed segment pass through `segment` (captures now, restores in the recompute).
+_CHECKPOINT = "_gradient_checkpointing_func"
+
+
+def wrap_checkpointing(modules: list[nn.Module], segment: Callable[[Body], Body]) -> None:
+    """Let every checkpointed segment pass through `segment` (captures now, restores in recompute).
 
     Called at the start of each context: the Trainer installs its checkpointing function late.
     """
     for module in modules:
-        function = getattr(module, "_gradient_checkpointing_func", None)
-        if function is None or getattr(function, "masklock_wrapped", False):
-            continue
-        module._gradient_checkpointing_func = _wrapped(function, segment)
+        function = getattr(module, _CHECKPOINT, None)
+        if function is not None and not hasattr(function, "masklock_original"):
+            setattr(module, _CHECKPOINT, _wrapped(function, segment))
 
 
-def _wrapped(function: Callable, segment: Callable[[Callable], Callable]) -> Callable:
-    def checkpoint(body: Callable, *args: Any, **kwargs: Any) -> Any:
+def unwrap_checkpointing(modules: list[nn.Module]) -> None:
+    """Give the modules their own checkpointing functions back."""
+    for module in modules:
+        original = getattr(getattr(module, _CHECKPOINT, None), "masklock_original", None)
+        if original is not None:
+            setattr(module, _CHECKPOINT, original)
+
+
+def _wrapped(function: Body, segment: Callable[[Body], Body]) -> Body:
+    def checkpoint(body: Body, *args: Any, **kwargs: Any) -> Any:
         return function(segment(body), *args, **kwargs)
 
-    checkpoint.masklock_wrapped = True  # type: ignore[attr-defined]
+    checkpoint.masklock_original = function  # type: ignore[attr-defined]
     return checkpoint
 
 

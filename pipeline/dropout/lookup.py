@@ -1,6 +1,10 @@
-"""The mask of named coordinates of a run: what site, step and sample say, without model or data."""
+"""The mask of named coordinates of a run: what site, step and sample say, without model or data.
+
+It draws by the kernels alone, so it also checks what a training or an evaluation drew.
+"""
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pipeline.dropout.kernels import attention, rows
-from pipeline.dropout.key import derive_key
+from pipeline.dropout.key import derive_key, signed
 from pipeline.dropout.philox import scale, threshold
 from pipeline.dropout.plan import DropoutPlan
 from pipeline.dropout.sites import Site
@@ -78,20 +82,15 @@ def _coordinates(site: Site, seed: int, purpose: str, index: int, sample: int) -
 
 
 def _keep(site: Site, key: int, sample: int) -> Tensor:
-    t = threshold(site.rate)
-    row = [torch.tensor([[_signed(value)]]) for value in (key, sample)]
-    limits = (torch.tensor([[t]]), torch.ones(1, 1))
-    if find_variant(site.variant).kernel == "attention":
-        heads, queries, keys = site.shape[-3:]
-        ones = torch.ones(1, heads, queries, keys)
-        places = torch.arange(queries)[None], torch.arange(keys)[None]
-        return attention(ones, *row, *places, *limits)[0] > 0
-    variant, features = find_variant(site.variant), site.shape[-1]
-    length = 1 if len(site.shape) == 1 else site.shape[-2]
+    key_row, sample_row = (torch.tensor([[signed(value)]]) for value in (key, sample))
+    limits = torch.tensor([[threshold(site.rate)]]), torch.ones(1, 1)
+    variant = find_variant(site.variant)
+    if variant.kernel == "attention":
+        queries, keys = (torch.arange(size)[None] for size in site.shape[-2:])
+        ones = torch.ones(1, *site.shape)
+        return attention(ones, key_row, sample_row, queries, keys, *limits)[0] > 0
+    *places, features = site.shape
+    length = math.prod(places)
     positions = torch.tensor([[variant.position(place) for place in range(length)]])
-    group = variant.group(features, 1)
-    return rows(torch.ones(1, length, features), *row, positions, *limits, group)[0] > 0
-
-
-def _signed(value: int) -> int:
-    return value - (1 << 64) if value >> 63 else value
+    ones, group = torch.ones(1, length, features), variant.group(features, 1)
+    return rows(ones, key_row, sample_row, positions, *limits, group)[0] > 0

@@ -1,7 +1,8 @@
 """Logical positions of the tokens of one call: independent of padding, packing and caching.
 
-One rule a stack (encoder, decoder): `position_ids` if given; else `cumsum(attention_mask) - 1`, clamped at 0;
-else cache length + arange.
+A token's mask must not depend on how its batch was padded, packed or cut. One rule a stack
+(encoder, decoder): `position_ids` if given; else `cumsum(attention_mask) - 1`, clamped at 0; else
+cache length + arange.
 """
 
 import inspect
@@ -32,7 +33,10 @@ def is_stack(module: nn.Module) -> bool:
 
 @dataclass
 class StackInputs:
-    """What one call of a stack says about positions. Tensors `[B, T]`; K counts cached tokens too."""
+    """What one call of a stack says about positions.
+
+    Tensors are `[B, T]`; masks of a call with a cache count the cached tokens too.
+    """
 
     length: int
     position_ids: Tensor | None = None
@@ -51,13 +55,12 @@ class StackInputs:
         tokens = next((given[name] for name in _INPUTS if given.get(name) is not None), None)
         if tokens is None:
             return None
-        cache = given.get("past_key_values", given.get("cache"))
         return StackInputs(
             length=tokens.shape[1] if tokens.dim() > 1 else 1,
             position_ids=_matrix(given.get("position_ids")),
             attention_mask=_matrix(given.get("attention_mask")),
             encoder_attention_mask=_matrix(given.get("encoder_attention_mask")),
-            cache_length=int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0,
+            cache_length=_length_of(given.get("past_key_values", given.get("cache"))),
         )
 
     def queries(self, device: torch.device) -> Tensor:
@@ -65,7 +68,7 @@ class StackInputs:
         return self._kept("queries", self._queries, device)
 
     def keys(self, num_keys: int, device: torch.device) -> Tensor:
-        """Positions of everything this call's tokens attend to, cached tokens first, int64 `[B or 1, K]`."""
+        """Positions of all that the tokens attend to, cached ones first, int64 `[B or 1, K]`."""
         return self._kept(("keys", num_keys), lambda: self._keys(num_keys), device)
 
     def encoder_keys(self, num_keys: int, device: torch.device) -> Tensor:
@@ -82,15 +85,25 @@ class StackInputs:
     def _queries(self) -> Tensor:
         if self.position_ids is not None:
             return self.position_ids.long()
-        end = self.cache_length + self.length
-        if self.attention_mask is not None and self.attention_mask.shape[1] in (self.length, end):
-            return _from_mask(self.attention_mask, end)[:, -self.length :]
-        return torch.arange(self.cache_length, end)[None]
+        return self._so_far()[:, -self.length :]
 
     def _keys(self, num_keys: int) -> Tensor:
         if num_keys == self.length:
             return self._queries()
-        return _from_mask(self.attention_mask, num_keys)
+        so_far = self._so_far()
+        missing = num_keys - so_far.shape[1]
+        if missing <= 0:  # a sliding window has let go of the oldest
+            return so_far[:, -num_keys:]
+        # A static cache has room for tokens to come; nothing attends to them yet.
+        return torch.cat([so_far, so_far[:, -1:] + 1 + torch.arange(missing).to(so_far)], dim=1)
+
+    def _so_far(self) -> Tensor:
+        """Positions of the cached tokens and of this call's."""
+        return _from_mask(self.attention_mask, self.cache_length + self.length)
+
+
+def _length_of(cache: Any) -> int:
+    return int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
 
 
 def _matrix(value: Any) -> Tensor | None:

@@ -1,4 +1,8 @@
-"""What a dropout site is, and which role it plays: the origin of its rate decides, one table for all families."""
+"""What a dropout site is, and which role it plays.
+
+The origin of a rate decides: one table of configuration fields serves all families, and only where
+several kinds of sites share one field does a site's place in the model have a say.
+"""
 
 import re
 from collections.abc import Mapping
@@ -39,6 +43,8 @@ ROLE_OF_ATTRIBUTE = {
     "lora_dropout": "adapter",
 }
 
+SAMPLE_FIRST = "sample-first"
+
 _EMBEDDING = re.compile(r"(^|\.)(embeddings?|embed_tokens|emb_dropout|wte|drop)(\.|$)")
 _FEED_FORWARD = re.compile(r"(^|\.)(DenseReluDense|dense_relu_dense)(\.|$)")
 _CROSS_ATTENTION = re.compile(
@@ -50,8 +56,8 @@ _CROSS_ATTENTION = re.compile(
 class Site:
     """One call of one dropout site.
 
-    `site` is the qualified name in the bare model, `call` the number of its call through this door within a forward
-    pass; together with the variant they name the site in every mask's key.
+    `site` is the qualified name in the bare model, `call` the number of its call through this door
+    within a forward pass; together with the variant they name the site in every mask's key.
     """
 
     site: str
@@ -65,9 +71,9 @@ class Site:
     reason: str
     """Why the site is not in force; empty when it is."""
     layout: str
-    """Where the sample is in the tensor: `sample-first`, or why it cannot be mapped."""
+    """`sample-first`, or why the tensor's entries cannot be mapped to samples."""
     shape: tuple[int, ...]
-    """Shape of the traced tensor without its sample axis: `(positions, features)`, `(heads, queries, keys)`, ..."""
+    """Shape of one sample's tensor: `(positions, features)`, `(heads, queries, keys)`, ..."""
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "shape": list(self.shape)}
@@ -78,33 +84,32 @@ class Site:
 
 
 def role_of(
-    attribute: str, site: str, call: int, ndim: int, body_prefix: str, has_cls: bool
+    attribute: str,
+    site: str,
+    *,
+    has_heads: bool,
+    is_outside_body: bool,
+    is_first_of_stack: bool,
 ) -> str:
-    """The role of a site whose rate comes from `attribute`.
+    """The role of a site whose rate comes from the configuration field `attribute`.
 
     Args:
-        attribute: configuration field that carries the rate.
+        attribute: field that carries the rate; "" when the model has it written in.
         site: name of the site in the bare model.
-        call: number of the call.
-        ndim: dimensions of the masked tensor (4: attention probabilities).
-        body_prefix: name of the body inside a model with a head (`bert`), or "".
-        has_cls: whether the model has a classification head.
+        has_heads: whether the masked tensor has an axis of attention heads.
+        is_outside_body: whether the site belongs to a classification head.
+        is_first_of_stack: whether the stack itself calls it, before all its other sites.
     """
     role = ROLE_OF_ATTRIBUTE.get(attribute, "hidden")
     if role in ("adapter", "head", "embedding", "activation"):
         return role
-    if ndim == 4:
+    if has_heads:
         return "attention"
     if _FEED_FORWARD.search(site):
         return "activation"
-    in_body = not body_prefix or site == body_prefix or site.startswith(body_prefix + ".")
-    if has_cls and not in_body:
+    if is_outside_body:
         return "head"
-    is_stack = site.rsplit(".", 1)[-1] in ("encoder", "decoder") and call == 0
-    is_t5_input = re.fullmatch(r"(.*\.)?(encoder|decoder)\.dropout", site) is not None and call == 0
-    if _EMBEDDING.search(site) or is_stack or is_t5_input:
-        return "embedding"
-    return "hidden"
+    return "embedding" if is_first_of_stack or _EMBEDDING.search(site) else "hidden"
 
 
 def is_cross_attention(site: str) -> bool:

@@ -1,6 +1,10 @@
-"""Records every random draw of one forward pass: what went through the doors, and what leaked past them."""
+"""Records every random draw of one forward: what went through the doors, what leaked past them.
 
-from collections.abc import Iterator, Mapping
+A plan is made of such records, not of a walk over modules, which lists dead sites and misses
+calls of `nn.functional.dropout`.
+"""
+
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +13,7 @@ from torch import Tensor, nn
 
 from pipeline.dropout import doors
 from pipeline.dropout.audit import Leak, audited
+from pipeline.errors import DropoutError
 
 
 @dataclass(frozen=True)
@@ -23,7 +28,7 @@ class Call:
 
 
 def trace(
-    model: nn.Module, inputs: Mapping[str, Any], inserted: set[str] = frozenset()
+    model: nn.Module, inputs: Mapping[str, Any], inserted: Collection[str] = ()
 ) -> tuple[list[Call], list[Leak]]:
     """Run one forward in training mode without masking anything.
 
@@ -46,10 +51,15 @@ def trace(
 
     names = doors.site_names(model)
     was_training = model.training
-    with _opened(names, inserted, record), audited(names) as leaks:
+    with _opened(names, set(inserted), record), audited(names) as leaks:
         try:
             model.train()
             model(**inputs)
+        except Exception as error:
+            raise DropoutError(
+                f"{type(model).__name__} was to be run once, to see its dropout sites, but its "
+                f"forward failed: {error}. Check model.config_overrides."
+            ) from error
         finally:
             model.train(was_training)
     leaks.extend(Leak(site, kind) for site, kind in doors.unsupported_modules(names).items())

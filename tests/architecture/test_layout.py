@@ -20,6 +20,7 @@ FLOORS = {
     "pipeline.errors": 0,
     "pipeline.records": 0,
     "pipeline.config": 0,
+    "pipeline.library_output": 1,
     "pipeline.parallel": 1,
     "pipeline.tracking": 1,
     "pipeline.dropout": 2,

@@ -1,7 +1,7 @@
-"""The promise itself: masks, gradients and weights equal a plain loop that takes one unpadded sample at a time.
+"""The promise itself: masks, gradients and weights equal a plain loop over unpadded single samples.
 
-The reference knows nothing of doors, contexts or plans: it walks a hand-written list of sites in the order in which
-the model calls them, and draws every mask from the specification.
+The reference knows nothing of doors, contexts or plans: it walks a hand-written list of sites,
+in the order in which the model calls them, and draws every mask from the specification.
 """
 
 from dataclasses import dataclass, field
@@ -223,7 +223,7 @@ def samples(task: str) -> list[dict[str, Any]]:
     return rows
 
 
-# -- the plain reference ----------------------------------------------------------------------------------------
+# -- the plain reference ---------------------------------------------------------------------------
 
 
 def lanes(key: int, counters: np.ndarray) -> np.ndarray:
@@ -290,11 +290,10 @@ def train_by_hand(
     functional = (lambda x, **_: x) if dead else (lambda x, *a, **k: masks[-1](x))
     monkeypatch.setattr(nn.functional, "dropout", functional)
     monkeypatch.setattr(nn.Dropout, "forward", lambda self, x: masks[-1](x))
-    hook = (
-        lambda module, args, out: (  # noqa: E731
-            (masks[-1](out[0]), *out[1:]) if isinstance(out, tuple) else masks[-1](out)
-        )
-    )
+
+    def hook(module: nn.Module, args: Any, out: Any) -> Any:
+        return (masks[-1](out[0]), *out[1:]) if isinstance(out, tuple) else masks[-1](out)
+
     for name, module in model.named_modules():
         if name.removeprefix("base_model.model.") in family.inserted:
             module.register_forward_hook(hook)
@@ -330,7 +329,7 @@ def state(model: nn.Module) -> dict[str, torch.Tensor]:
     return found
 
 
-# -- the same steps with keyed dropout ---------------------------------------------------------------------------
+# -- the same steps with keyed dropout -------------------------------------------------------------
 
 
 def batch_of(family: Family, rows: list[dict[str, Any]], length: int) -> dict[str, torch.Tensor]:

@@ -1,0 +1,151 @@
+"""Coordinates into masks: keys and rows of the batch are in force, a site adds its positions.
+
+What arrives here has been decided before: which site, which call, which rate. What leaves is the
+masked tensor, the same for a sample whatever batch, padding or process it came in.
+"""
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from pipeline.dropout.kernels import keyed_attention, keyed_rows
+from pipeline.dropout.philox import scale, threshold
+from pipeline.dropout.positions import StackInputs
+from pipeline.dropout.sites import Site, is_cross_attention
+from pipeline.dropout.variants import SHARED_POSITION, find_variant
+from pipeline.errors import DropoutError
+
+SiteCall = tuple[str, str, int]
+"""(door, site, call)."""
+
+
+@dataclass
+class ActiveMasks:
+    """The coordinates in force, and how often each site has been called in the current forward."""
+
+    keys: dict[SiteCall, Tensor]
+    """Key of every site in force, int64 `[1]`, or `[B]` when rows belong to several passes."""
+    row_ids: Tensor
+    """int64 `[B]`, or `[B, T]` for packed rows."""
+    counters: dict[tuple[str, str], int] = field(default_factory=dict)
+    stacks: dict[str, StackInputs] = field(default_factory=dict)
+    drawn: set[SiteCall] = field(default_factory=set)
+    depth: int = 0
+    recomputing: bool = False
+
+    def enter(self) -> None:
+        """A module of the model is called; calls are counted anew in each outermost call."""
+        if self.depth == 0:
+            self.counters.clear()
+            self.stacks.clear()
+        self.depth += 1
+
+    def leave(self) -> None:
+        """That module has answered."""
+        self.depth -= 1
+
+    def next_call(self, door: str, site: str) -> int:
+        """The number of this call of a site."""
+        call = self.counters.get((door, site), 0)
+        self.counters[door, site] = call + 1
+        return call
+
+    def snapshot(self) -> "ActiveMasks":
+        """A copy from which a recompute draws the same masks again."""
+        counters, stacks = dict(self.counters), dict(self.stacks)
+        return replace(self, counters=counters, stacks=stacks, recomputing=True)
+
+
+class SiteMask:
+    """A planned site, with everything about its masks that does not change from call to call.
+
+    Args:
+        site: the site, as planned.
+        stacks: names of the stacks around it, the nearest first.
+    """
+
+    def __init__(self, site: Site, stacks: tuple[str, ...]) -> None:
+        self.site, self.stacks = site, stacks
+        t = threshold(site.rate)
+        self.threshold = torch.tensor([[t]], dtype=torch.int64)
+        self.scale = torch.tensor([[scale(t)]], dtype=torch.float32)
+        self.variant = find_variant(site.variant)
+        self.is_cross_attention = is_cross_attention(site.site)
+        self.has_positions = len(site.shape) > 1
+
+    def apply(self, active: ActiveMasks, key: Tensor, x: Tensor) -> Tensor:
+        """Mask one tensor.
+
+        Args:
+            active: rows and stacks in force.
+            key: this call's key, int64 `[1]` or `[B]`.
+            x: `[B x m, ..., D]`, or attention probabilities `[B, H, Q, K]` or `[B x H, Q, K]`.
+        """
+        num_rows = active.row_ids.shape[0]
+        if x.shape[0] % num_rows:
+            raise DropoutError(
+                f"Site {self.site.site}: a tensor of shape {tuple(x.shape)} does not divide into "
+                f"the {num_rows} rows of this batch; the sample axis cannot be found."
+            )
+        is_attention = self.variant.kernel == "attention"
+        return (self._attention if is_attention else self._rows)(active, key, x)
+
+    def _rows(self, active: ActiveMasks, key: Tensor, x: Tensor) -> Tensor:
+        B, D = active.row_ids.shape[0], x.shape[-1]
+        x_BMD = x.reshape(B, -1, D)
+        M = x_BMD.shape[1]
+        positions = self._positions(active, M, x.device).expand(B, M)
+        per_row = self._per_row(active, key, positions, M, x.device)
+        return keyed_rows(x_BMD, *per_row, self.variant.group(D, 1)).view(x.shape)
+
+    def _attention(self, active: ActiveMasks, key: Tensor, x: Tensor) -> Tensor:
+        B, (Q, K) = active.row_ids.shape[0], x.shape[-2:]
+        queries, keys = self._attention_positions(active, Q, K, x.device)
+        per_row = self._per_row(active, key, queries.expand(B, Q), Q, x.device)
+        ids = (*per_row[:3], keys.expand(B, K), *per_row[3:])
+        return keyed_attention(x.reshape(B, -1, Q, K), *ids).view(x.shape)
+
+    def _per_row(
+        self, active: ActiveMasks, key: Tensor, positions: Tensor, length: int, device: torch.device
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Keys, row ids, positions, thresholds and scales, each `[B, length]`."""
+        shape = (active.row_ids.shape[0], length)
+        return (
+            key.to(device)[:, None].expand(shape),
+            _by_position(active.row_ids.to(device), length),
+            positions,
+            self.threshold.to(device).expand(shape),
+            self.scale.to(device).expand(shape),
+        )
+
+    def _positions(self, active: ActiveMasks, length: int, device: torch.device) -> Tensor:
+        if self.variant.shared_position:
+            return torch.full((1, 1), SHARED_POSITION, device=device)
+        inputs = self._stack(active)
+        if inputs is not None and length == inputs.length and self.has_positions:
+            return inputs.queries(device)
+        return torch.arange(length, device=device)[None]
+
+    def _attention_positions(
+        self, active: ActiveMasks, Q: int, K: int, device: torch.device
+    ) -> tuple[Tensor, Tensor]:
+        inputs = self._stack(active)
+        if inputs is None or inputs.length != Q:
+            return torch.arange(Q, device=device)[None], torch.arange(K, device=device)[None]
+        if self.is_cross_attention:
+            return inputs.queries(device), inputs.encoder_keys(K, device)
+        return inputs.queries(device), inputs.keys(K, device)
+
+    def _stack(self, active: ActiveMasks) -> StackInputs | None:
+        return next((active.stacks[n] for n in self.stacks if n in active.stacks), None)
+
+
+def _by_position(row_ids: Tensor, length: int) -> Tensor:
+    if row_ids.dim() == 1:
+        return row_ids[:, None].expand(-1, length)
+    if row_ids.shape[1] != length:
+        raise DropoutError(
+            f"Packed row ids have {row_ids.shape[1]} positions, the masked tensor {length}."
+        )
+    return row_ids

@@ -1,0 +1,73 @@
+"""What the libraries underneath may say: warnings and errors that matter, but no bars, no old news.
+
+Each function silences one thing that is expected where it is called; everything else stays visible.
+"""
+
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+_REPORTING_LOGGERS = ("transformers.modeling_utils", "transformers.modeling_layers")
+
+
+def without_data_bars() -> None:
+    """No bar of `datasets` for every set that is prepared; holds once it is imported after this."""
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+
+
+@contextmanager
+def without_old_names() -> Iterator[None]:
+    """No warning that peft asks a model by a name that transformers will drop."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning
+        )
+        yield
+
+
+@contextmanager
+def without_load_report() -> Iterator[None]:
+    """No bar over the weights, and no table of new ones: the caller says what is unexpected.
+
+    When loading fails, the table is shown: the error refers to it. Bars of downloads stay.
+    """
+    from transformers.utils import logging as library
+
+    held: list[tuple[logging.Logger, logging.LogRecord]] = []
+    filters = {logging.getLogger(name): _Holding(held) for name in _REPORTING_LOGGERS}
+    for logger, one in filters.items():
+        logger.addFilter(one)
+    previous = library.set_tqdm_hook(_no_bar)
+    try:
+        yield
+    except BaseException:
+        for logger, record in held:
+            logger.callHandlers(record)
+        raise
+    finally:
+        library.set_tqdm_hook(previous)
+        for logger, one in filters.items():
+            logger.removeFilter(one)
+
+
+class _Holding(logging.Filter):
+    """Holds back reports of loading."""
+
+    def __init__(self, held: list[tuple[logging.Logger, logging.LogRecord]]) -> None:
+        super().__init__()
+        self.held = held
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if "LOAD REPORT" not in record.getMessage():
+            return True
+        self.held.append((logging.getLogger(record.name), record))
+        return False
+
+
+def _no_bar(factory: Any, args: Any, kwargs: Any) -> Any:
+    from transformers.utils.logging import EmptyTqdm
+
+    return EmptyTqdm(*args, **kwargs)
