@@ -53,7 +53,14 @@ def read_launch(environment: Mapping[str, str] = os.environ) -> Launch:
     if len(asked) > 1:
         raise LayoutError("The environment asks for DeepSpeed and FSDP at once. Choose one engine.")
     world_size = _integer(environment, "WORLD_SIZE", 1)
-    return Launch(world_size, _integer(environment, "RANK", 0), asked[0] if asked else "plain")
+    launch = Launch(world_size, _integer(environment, "RANK", 0), asked[0] if asked else "plain")
+    if launch != Launch() and not environment.get("MASTER_ADDR"):
+        raise LayoutError(
+            f"The environment asks for {world_size} process(es) with {_named(launch.engine)}, but "
+            "MASTER_ADDR, which every launcher sets, is not there. Nothing was written. Launch "
+            "with torchrun or `accelerate launch`, or unset WORLD_SIZE, RANK and ACCELERATE_USE_*."
+        )
+    return launch
 
 
 def guard(launch: Launch, args_world_size: int, running: Running) -> None:

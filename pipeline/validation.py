@@ -1,4 +1,4 @@
-"""Evaluation during training: sums over validation rows, each row once on however many processes."""
+"""Evaluation during training: sums over the validation rows, each counted once by all processes."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

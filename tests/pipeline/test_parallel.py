@@ -23,8 +23,17 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def test_launch_is_what_the_environment_says():
     environment = {"WORLD_SIZE": "4", "RANK": "2", "ACCELERATE_USE_FSDP": "true"}
+    environment |= {"MASTER_ADDR": "127.0.0.1"}
     assert parallel.read_launch(environment) == Launch(world_size=4, rank=2, engine="FSDP")
     assert parallel.read_launch({}) == Launch(world_size=1, rank=0, engine="plain")
+
+
+@pytest.mark.parametrize(
+    "environment", [{"WORLD_SIZE": "2"}, {"ACCELERATE_USE_DEEPSPEED": "true"}, {"RANK": "1"}]
+)
+def test_a_layout_that_no_launcher_set_up_is_refused(environment):
+    with pytest.raises(LayoutError, match="MASTER_ADDR"):
+        parallel.read_launch(environment)
 
 
 def test_the_layout_asked_for_passes_the_guard():
