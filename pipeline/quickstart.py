@@ -1,6 +1,6 @@
 """The whole flow on data found on any machine: train, evaluate, report."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from pipeline.config.load import load_config
@@ -12,13 +12,17 @@ QUICKSTARTS = {"language": CONFIGS / "language" / "quickstart.yaml"}
 
 
 def quickstart(
-    modality: str, report: Callable[[RunFolder], Path], say: Callable[[str], None]
+    modality: str,
+    figures: Callable[[RunFolder], Mapping[str, Path]],
+    report: Callable[[RunFolder], Path],
+    say: Callable[[str], None],
 ) -> Path:
     """Run it; return the report.
 
     Args:
         modality: one of QUICKSTARTS.
-        report: writes the report of a run folder (monitoring is above this package).
+        figures: draws an evaluated run for the trackers (monitoring is above this package).
+        report: writes the report of a run folder.
         say: receives what the user should read.
     """
     if modality not in QUICKSTARTS:
@@ -32,5 +36,5 @@ def quickstart(
     if code != 0:
         raise SystemExit(code)
     run = RunFolder(Path(config.output_dir) / config.name)
-    evaluate(run, config, say)
+    evaluate(run, config, say, figures)
     return report(run)

@@ -13,7 +13,8 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax, softmax
 
-FloatArray = NDArray[np.float64]
+from pipeline.evaluation.intervals import FloatArray, count_blocks, make_generator
+
 NUM_BINS = 15
 TEMPERATURE_BOUNDS = (0.05, 20.0)
 _TINY = np.finfo(np.float64).tiny  # stands for a probability of exactly 0: log = -708.4
@@ -43,6 +44,24 @@ def equal_mass_calibration_error(
     confidence, correct = _checked(confidence, correct, num_bins)
     rank = np.searchsorted(np.sort(confidence), confidence, side="left")
     return _binned_error(confidence, correct, rank * num_bins // len(confidence))
+
+
+def resampled_calibration_errors(
+    confidence: ArrayLike,
+    correct: ArrayLike,
+    num_bins: int = NUM_BINS,
+    *,
+    seed: int,
+    num_resamples: int = 1000,
+) -> FloatArray:
+    """`expected_calibration_error` of bootstrap resamples, [R]; one seed, the same resamples."""
+    confidence, correct = _checked(confidence, correct, num_bins)
+    rows = np.arange(len(confidence))
+    gaps_NB = np.zeros((len(rows), num_bins))
+    gaps_NB[rows, _equal_width_bins(confidence, num_bins)] = correct - confidence
+    blocks = count_blocks(make_generator(seed), len(rows), num_resamples)
+    sums_RB = np.concatenate([counts_RN @ gaps_NB for counts_RN in blocks])
+    return np.asarray(np.abs(sums_RB).sum(axis=1) / len(rows))
 
 
 def reliability_curve(

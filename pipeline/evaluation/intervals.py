@@ -5,7 +5,7 @@ with replacement; the interval runs between the (1-c)/2 and (1+c)/2 quantiles of
 statistic.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -108,22 +108,6 @@ def paired_difference(
     return PairedDifference(
         float(difference.mean()), *percentile_interval(resampled, confidence_level)
     )
-
-
-def statistic_interval(
-    statistic: Callable[[NDArray[np.int64]], float],
-    num_rows: int,
-    *,
-    seed: int,
-    num_resamples: int = 1000,
-    confidence_level: float = 0.95,
-) -> tuple[float, float]:
-    """Interval of any `statistic(row_numbers)`, such as macro F1: one call a resample."""
-    if num_rows < 1:
-        raise ValueError("A bootstrap needs at least one row; got none.")
-    blocks = draw_blocks(make_generator(seed), num_rows, num_resamples)
-    resampled = [statistic(rows) for block in blocks for rows in block]
-    return percentile_interval(resampled, confidence_level)
 
 
 def _resampled_means(

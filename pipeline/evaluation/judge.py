@@ -1,4 +1,4 @@
-"""From predictions to the report's sections: quality, calibration, uncertainty, OOD, verdict.
+"""From predictions to the report's sections: quality, calibration, uncertainty, OOD.
 
 Pure functions of what `predict.py` returns; nothing is run or written here.
 """
@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.config.schema import EvaluationConfig
+from pipeline.config.schema import EvaluationConfig, RunConfig
 from pipeline.evaluation.calibration import (
     apply_temperature,
     calibration_summary,
-    expected_calibration_error,
     fit_temperature,
+    resampled_calibration_errors,
     summarise,
 )
-from pipeline.evaluation.intervals import mean_interval, statistic_interval
+from pipeline.evaluation.intervals import mean_interval, percentile_interval
 from pipeline.evaluation.metrics import compute_metric
 from pipeline.evaluation.ood.comparison import compare_scores
 from pipeline.evaluation.ood.registry import FeatureDetector, score_rows
@@ -29,6 +29,7 @@ from pipeline.evaluation.uncertainty import Uncertainty
 Prediction = ClassPrediction | TokenPrediction
 Scores = dict[str, NDArray[np.float64]]
 ENTROPIES = ("predictive_entropy", "expected_entropy", "mutual_information")
+ECE_CHANGE = "mc_minus_deterministic/ece"
 
 
 def scores_of(prediction: Prediction, detectors: Mapping[str, FeatureDetector]) -> Scores:
@@ -55,6 +56,14 @@ def ood_section(
         )
         for name, scores in outside.items()
     }
+
+
+def judge(test: Prediction, validation: Prediction, config: RunConfig) -> dict[str, Any]:
+    """quality, intervals, calibration and uncertainty, and for classes chance."""
+    if isinstance(test, ClassPrediction):
+        assert isinstance(validation, ClassPrediction)
+        return judge_classes(test, validation, config.evaluation, config.seed)
+    return judge_tokens(test, config.evaluation, config.seed)
 
 
 # -- classification ------------------------------------------------------------------------------
@@ -106,25 +115,28 @@ def _class_intervals(
     config: EvaluationConfig,
     seed: int,
 ) -> dict[str, list[float]]:
-    options = {
-        "seed": seed,
-        "num_resamples": config.num_bootstrap_resamples,
-        "confidence_level": config.confidence_level,
-    }
-    intervals = {}
+    """Of accuracy, of the calibration error, and of what the passes change in the latter."""
+    intervals, errors = {}, {}
     for name, probabilities in distributions.items():
         correct = (probabilities.argmax(axis=1) == labels).astype(np.float64)
         confidence = probabilities.max(axis=1)
-        intervals[f"{name}/accuracy"] = list(mean_interval(correct, **options))
-
-        def ece(
-            rows: NDArray[np.int64],
-            confidence: NDArray[np.float64] = confidence,
-            correct: NDArray[np.float64] = correct,
-        ) -> float:
-            return expected_calibration_error(confidence[rows], correct[rows], config.num_bins)
-
-        intervals[f"{name}/ece"] = list(statistic_interval(ece, len(labels), **options))
+        accuracy = mean_interval(
+            correct,
+            seed=seed,
+            num_resamples=config.num_bootstrap_resamples,
+            confidence_level=config.confidence_level,
+        )
+        errors[name] = resampled_calibration_errors(
+            confidence,
+            correct,
+            config.num_bins,
+            seed=seed,
+            num_resamples=config.num_bootstrap_resamples,
+        )
+        intervals[f"{name}/accuracy"] = list(accuracy)
+        intervals[f"{name}/ece"] = list(percentile_interval(errors[name], config.confidence_level))
+    change = errors["mc"] - errors["deterministic"]  # on the same resamples
+    intervals[ECE_CHANGE] = list(percentile_interval(change, config.confidence_level))
     return intervals
 
 
@@ -197,51 +209,3 @@ def _token_calibration(tokens: TokenUncertainty, num_bins: int) -> dict[str, Any
         -tokens.log_probability.numpy(),
         num_bins,
     )
-
-
-# -- the verdict ---------------------------------------------------------------------------------
-
-
-def verdict(report: Mapping[str, Any]) -> list[str]:
-    """What to take home, in sentences: quality, calibration, uncertainty, OOD."""
-    quality = report["quality"]
-    if "accuracy" in quality["mc"]:
-        sentences = _class_verdict(report)
-    else:
-        sentences = _token_verdict(report)
-    return [*sentences, *(section["verdict"] for section in report["ood"].values())]
-
-
-def _class_verdict(report: Mapping[str, Any]) -> list[str]:
-    accuracy, chance = report["quality"]["mc"]["accuracy"], report["chance"]
-    lower, upper = report["intervals"]["mc/accuracy"]
-    ece = {name: report["calibration"][name]["ece"] for name in ("deterministic", "mc")}
-    tempered = report["calibration"]["mc_temperature"]["ece"]
-    direction = "improves" if ece["mc"] < ece["deterministic"] else "worsens"
-    error = report["uncertainty"]["error_auroc"]["mutual_information"]
-    sentences = [
-        f"Accuracy {accuracy:.1%} (interval {lower:.1%} to {upper:.1%}); always guessing the "
-        f"largest class gives {chance:.1%}.",
-        f"Averaging Monte-Carlo passes {direction} the calibration error from "
-        f"{ece['deterministic']:.3f} to {ece['mc']:.3f}; with the temperature "
-        f"{report['calibration']['temperature']:.2f}, fitted on validation rows, it is "
-        f"{tempered:.3f}.",
-    ]
-    if error is not None:
-        sentences.append(
-            f"Mutual information ranks wrong predictions above right ones with AUROC {error:.3f} "
-            "(0.5 is no better than chance)."
-        )
-    return sentences
-
-
-def _token_verdict(report: Mapping[str, Any]) -> list[str]:
-    plain, mc = report["quality"]["deterministic"], report["quality"]["mc"]
-    lower, upper = report["intervals"]["mc/perplexity"]
-    ece = {name: report["calibration"][name]["ece"] for name in ("deterministic", "mc")}
-    return [
-        f"Perplexity {mc['perplexity']:.2f} (interval {lower:.2f} to {upper:.2f}) averaged over "
-        f"Monte-Carlo passes, {plain['perplexity']:.2f} in the plain pass.",
-        f"The token-level calibration error is {ece['mc']:.3f} with Monte-Carlo passes and "
-        f"{ece['deterministic']:.3f} without.",
-    ]

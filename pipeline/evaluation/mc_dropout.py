@@ -1,22 +1,31 @@
-"""Monte-Carlo dropout with planned sites only: pass t of sample i draws the same masks in any batch, any order.
+"""Monte-Carlo dropout with planned sites only: pass t of sample i draws the same masks anywhere.
 
-Gal & Ghahramani, "Dropout as a Bayesian Approximation", ICML 2016. The model stays in eval mode: `model.train()` would
-also switch on LayerDrop, SpecAugment and batch statistics. Where only the head is live, the body runs once.
+Gal & Ghahramani, "Dropout as a Bayesian Approximation", ICML 2016. The model stays in eval mode:
+`model.train()` would also switch on LayerDrop, SpecAugment and batch statistics. Where only the
+head is live, the body runs once.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import fields, is_dataclass
+import logging
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from pipeline.dropout.audit import audited
 from pipeline.dropout.context import KeyedDropout
 from pipeline.errors import DropoutError, LeakError
+from pipeline.evaluation.forward import (
+    fixed_output,
+    kept_outputs,
+    logits_of,
+    named_body,
+    num_bytes,
+    repeated,
+)
 
-_STACK_BYTES = 64 * 2**20  # copies of the body's output for passes run at once
+logger = logging.getLogger(__name__)
+
+_STACK_BYTES = 64 * 2**20  # what passes that run at once may copy of the body's output
 
 
 class MonteCarlo:
@@ -25,7 +34,7 @@ class MonteCarlo:
     Args:
         keyed: keyed dropout bound to the model; the plan's rates decide.
         num_passes: T.
-        strict: randomness outside the plan in the first batch is an error.
+        strict: randomness outside the plan in the first batch is an error, else a warning.
 
     Raises:
         DropoutError: the plan has no live site, so that all passes would be equal.
@@ -34,110 +43,94 @@ class MonteCarlo:
     def __init__(self, keyed: KeyedDropout, num_passes: int, *, strict: bool = True) -> None:
         if not keyed.plan.in_force():
             raise DropoutError(
-                "Monte-Carlo dropout needs a live site, but every rate of this run's dropout plan is 0: all passes "
-                "would be equal. Set a rate under `dropout:` (for models without dropout, `dropout.insert`)."
+                "Monte-Carlo dropout needs a live site, but every rate of this run's dropout plan "
+                "is 0: all passes would be equal. Set a rate under `dropout:` (for models without "
+                "dropout, `dropout.insert`) and train again."
             )
-        self.keyed, self.num_passes = keyed, num_passes
+        self.keyed, self.num_passes, self.strict = keyed, num_passes, strict
         self.body = head_only_body(keyed)
-        self._must_audit = strict
+        self._is_audited = False
 
-    def passes(self, inputs: dict[str, Tensor], sample_ids: Tensor) -> Iterator[Tensor]:
-        """Logits of the T passes over one batch: `[N, ...]` each, or `[t, N, C]` for t passes run at once."""
-        if self._must_audit:
+    def passes(
+        self, inputs: dict[str, Tensor], sample_ids: Tensor, body_output: Any = None
+    ) -> Iterator[Tensor]:
+        """Logits of the T passes over one batch, one after the other.
+
+        Args:
+            inputs: what the model takes, N rows.
+            sample_ids: int64 [N]; with the pass they decide the masks.
+            body_output: what `self.body` answered to the same inputs, to save running it.
+        """
+        if not self._is_audited:
             self._audit(inputs, sample_ids)
         if self.body is None:
             for index in range(self.num_passes):
                 yield self._run(inputs, sample_ids, index)
         else:
-            yield from self._head_passes(self.body, inputs, sample_ids)
+            if body_output is None:
+                body_output = _output_of(self.body, self.keyed.model, inputs)
+            yield from self._head_passes(self.body, body_output, inputs, sample_ids)
 
-    def _run(self, inputs: dict[str, Tensor], row_ids: Tensor, index: Any) -> Tensor:
-        with (
-            torch.inference_mode(),
-            self.keyed.context(purpose="mc", index=index, row_ids=row_ids) as active,
-        ):
-            logits = self.keyed.model(**inputs).logits
+    def _run(
+        self, inputs: dict[str, Tensor], row_ids: Tensor, index: int | Sequence[int]
+    ) -> Tensor:
+        with self.keyed.context(purpose="mc", index=index, row_ids=row_ids) as active:
+            logits = logits_of(self.keyed.model, inputs)
         missing = self.keyed.missing(active)
         if missing:
             raise DropoutError(
-                f"{len(missing)} planned site(s) drew nothing in evaluation mode: {', '.join(missing[:5])}. "
-                "The model skips them there; set their rates to 0."
+                f"{len(missing)} planned site(s) drew nothing in evaluation mode: "
+                f"{', '.join(missing[:5])}. The model skips them there; set their rates to 0."
             )
         return logits
 
     def _head_passes(
-        self, body: nn.Module, inputs: dict[str, Tensor], sample_ids: Tensor
+        self, body: nn.Module, output: Any, inputs: dict[str, Tensor], sample_ids: Tensor
     ) -> Iterator[Tensor]:
-        output = _body_output(self.keyed.model, body, inputs)
-        num_rows = len(sample_ids)
-        size = sum(t.nbytes for t in _tensors(output))
-        at_once = max(1, _STACK_BYTES // max(1, size))
-        for start in range(0, self.num_passes, at_once):
+        """The first pass alone, which shows how large its logits are; the others stacked."""
+        num_rows, start, at_once = len(sample_ids), 0, 1
+        while start < self.num_passes:
             passes = range(start, min(start + at_once, self.num_passes))
-            repeated = {k: v.repeat(len(passes), *[1] * (v.dim() - 1)) for k, v in inputs.items()}
-            index = [t for t in passes for _ in range(num_rows)]
-            with _fixed(body, _repeated(output, len(passes))):
-                logits = self._run(repeated, sample_ids.repeat(len(passes)), index)
-            yield logits.view(len(passes), num_rows, *logits.shape[1:])
+            stacked = {name: repeated([t], len(passes))[0] for name, t in inputs.items()}
+            with fixed_output(body, repeated(output, len(passes))):
+                logits = self._run(
+                    stacked,
+                    sample_ids.repeat(len(passes)),
+                    [index for index in passes for _ in range(num_rows)],
+                )
+            one_pass = max(1, num_bytes(output), logits.nbytes // len(passes))
+            start, at_once = passes.stop, max(1, _STACK_BYTES // one_pass)
+            yield from logits.split(num_rows)
 
     def _audit(self, inputs: dict[str, Tensor], sample_ids: Tensor) -> None:
-        """One pass under watch: whatever draws past the doors would make results that cannot be replayed."""
-        self._must_audit = False
+        """One pass under watch: what draws past the doors makes results that nobody can replay."""
+        self._is_audited = True
         with audited(self.keyed.model) as leaks:
             self._run(inputs, sample_ids, 0)
-        if leaks:
-            listed = ", ".join(str(leak) for leak in leaks)
+        if not leaks:
+            return
+        message = (
+            "Monte-Carlo passes drew randomness outside the dropout plan: "
+            f"{', '.join(str(leak) for leak in leaks)}."
+        )
+        if self.strict:
             raise LeakError(
-                f"Monte-Carlo passes drew randomness outside the dropout plan: {listed}."
+                f"{message} Set its rate to 0, or dropout.strict=false to go on without replay."
             )
+        logger.warning("%s These results cannot be replayed.", message)
 
 
 def head_only_body(keyed: KeyedDropout) -> nn.Module | None:
-    """The body of a model whose live sites are all in the head: it needs to run only once. None otherwise."""
-    model = keyed.model
-    bare = model.get_base_model() if hasattr(model, "get_base_model") else model
-    prefix = getattr(bare, "base_model_prefix", "")
-    body = getattr(bare, prefix, None) if prefix else None
-    if not isinstance(body, nn.Module) or body is bare:
+    """The body of a model whose live sites are all in the head; it needs to run only once."""
+    found = named_body(keyed.model)
+    if found is None:
         return None
-    in_body = [
-        s for s in keyed.plan.in_force() if s.site == prefix or s.site.startswith(prefix + ".")
-    ]
-    return None if in_body else body
+    name, body = found
+    is_live = any(f"{site.site}.".startswith(f"{name}.") for site in keyed.plan.in_force())
+    return None if is_live else body
 
 
-def _body_output(model: nn.Module, body: nn.Module, inputs: dict[str, Tensor]) -> Any:
-    kept: list[Any] = []
-    handle = body.register_forward_hook(lambda module, args, output: kept.append(output))
-    try:
-        with torch.inference_mode():
-            model(**inputs)
-    finally:
-        handle.remove()
+def _output_of(body: nn.Module, model: nn.Module, inputs: dict[str, Tensor]) -> Any:
+    with kept_outputs(body) as kept:
+        logits_of(model, inputs)
     return kept[0]
-
-
-@contextmanager
-def _fixed(body: nn.Module, output: Any) -> Iterator[None]:
-    """The body answers with a given output in place of running."""
-    body.forward = lambda *args, **kwargs: output
-    try:
-        yield
-    finally:
-        del body.forward
-
-
-def _tensors(output: Any) -> list[Tensor]:
-    values = output.values() if isinstance(output, dict) else output
-    return [value for value in values if isinstance(value, Tensor)]
-
-
-def _repeated(output: Any, times: int) -> Any:
-    def repeat(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return value.repeat(times, *[1] * (value.dim() - 1))
-        return None
-
-    if is_dataclass(output):
-        return type(output)(**{f.name: repeat(getattr(output, f.name)) for f in fields(output)})
-    return tuple(repeat(value) for value in output)

@@ -1,19 +1,24 @@
-"""Predicts once, so that everything after it is pure functions: rows through a model, deterministic and Monte-Carlo.
+"""Predicts once, plain and Monte-Carlo, so that everything after it is pure functions.
 
-Batches hold rows of like length; results come back in the order of the rows. No number depends on the batches.
+Batches hold rows of like length; results come back in the order of the rows. No number depends on
+the batches.
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from pipeline.evaluation.forward import FeatureTap, kept_outputs, logits_of
 from pipeline.evaluation.mc_dropout import MonteCarlo
 from pipeline.evaluation.token_uncertainty import SampleUncertainty, TokenSums, TokenUncertainty
 from pipeline.evaluation.uncertainty import MonteCarloSums, Uncertainty, concatenate
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 Collate = Callable[[list[dict[str, Any]]], dict[str, Tensor]]
 
@@ -44,7 +49,7 @@ class TokenPrediction:
 
 @dataclass
 class Clock:
-    """Seconds spent in plain and in Monte-Carlo passes."""
+    """Seconds spent in plain and in Monte-Carlo passes over the same rows."""
 
     deterministic_seconds: float = 0.0
     seconds: float = 0.0
@@ -76,7 +81,7 @@ class Predictor:
         self.clock = Clock()
         self._device = next(model.parameters()).device
 
-    def predict(self, rows: Sequence[dict[str, Any]]) -> ClassPrediction | TokenPrediction:
+    def predict(self, rows: "Dataset") -> ClassPrediction | TokenPrediction:
         """Predictions for all rows, in their order."""
         one_batch = self._classes if self.has_classes else self._tokens
         parts, order = [], []
@@ -85,36 +90,41 @@ class Predictor:
             order.extend(places)
         return _in_order(_joined(parts), order)
 
-    def features(self, rows: Sequence[dict[str, Any]]) -> tuple[Tensor, Tensor]:
-        """Only the features [N, D] and labels [N] (-1: none) of a plain pass, in the order of the rows."""
+    def features(self, rows: "Dataset") -> tuple[Tensor, Tensor]:
+        """Features [N, D] of a plain pass and labels [N] (-1: none), in the order of the rows."""
         found, labels, order = [], [], []
         for places, batch in self._batches(rows):
-            given = batch.get("labels")
-            labels.append(given if self.has_classes and given is not None else _no_labels(batch))
-            found.append(self._plain(_inputs(batch))[1])
+            found.append(self._plain(_inputs(batch)).features)
+            labels.append(_class_labels(batch) if self.has_classes else _no_labels(batch))
             order.extend(places)
         back = _inverse(order)
         return torch.cat(found)[back], torch.cat(labels)[back]
 
-    def _batches(
-        self, rows: Sequence[dict[str, Any]]
-    ) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
-        lengths = [len(ids) for ids in rows["input_ids"]]  # type: ignore[call-overload]
+    def _batches(self, rows: "Dataset") -> Iterator[tuple[list[int], dict[str, Tensor]]]:
+        lengths = [len(ids) for ids in rows["input_ids"][:]]
         by_length = sorted(range(len(lengths)), key=lambda place: -lengths[place])
         for start in range(0, len(by_length), self.batch_size):
             places = by_length[start : start + self.batch_size]
             batch = self.collate([rows[place] for place in places])
             yield places, {name: value.to(self._device) for name, value in batch.items()}
 
-    def _plain(self, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def _timed_plain(self, batch: dict[str, Tensor]) -> "_PlainPass":
         started = time.perf_counter()
-        with torch.inference_mode(), FeatureTap(self.model, self.has_classes) as tap:
-            logits = self.model(**inputs).logits
+        plain = self._plain(_inputs(batch))
         self.clock.deterministic_seconds += time.perf_counter() - started
-        return logits, tap.pooled(inputs["attention_mask"])
+        return plain
 
-    def _passes(self, inputs: dict[str, Tensor], sample_ids: Tensor) -> Iterator[Tensor]:
-        passes = self.monte_carlo.passes(inputs, sample_ids)
+    def _plain(self, inputs: dict[str, Tensor]) -> "_PlainPass":
+        with (
+            FeatureTap(self.model, self.has_classes) as tap,
+            kept_outputs(self.monte_carlo.body) as outputs,
+        ):
+            logits = logits_of(self.model, inputs)
+        features = tap.pooled(inputs["attention_mask"]).cpu()
+        return _PlainPass(logits, features, outputs[0] if outputs else None)
+
+    def _passes(self, batch: dict[str, Tensor], plain: "_PlainPass") -> Iterator[Tensor]:
+        passes = self.monte_carlo.passes(_inputs(batch), batch["sample_id"], plain.body_output)
         while True:
             started = time.perf_counter()
             logits = next(passes, None)
@@ -124,32 +134,30 @@ class Predictor:
             yield logits
 
     def _classes(self, batch: dict[str, Tensor]) -> ClassPrediction:
-        inputs = _inputs(batch)
-        logits, features = self._plain(inputs)
-        plain, sums = MonteCarloSums(), MonteCarloSums()
-        plain.update(logits)
-        for one_or_more in self._passes(inputs, batch["sample_id"]):
-            sums.update(one_or_more)
+        plain = self._timed_plain(batch)
+        plain_sums, sums = MonteCarloSums(), MonteCarloSums()
+        plain_sums.update(plain.logits)
+        for logits in self._passes(batch, plain):
+            sums.update(logits)
         return ClassPrediction(
-            sample_ids=batch["sample_id"],
-            features=features,
-            logits=logits.float(),
-            labels=batch.get("labels", _no_labels(batch)),
-            plain=plain.result(),
-            monte_carlo=sums.result(),
+            sample_ids=batch["sample_id"].cpu(),
+            features=plain.features,
+            logits=plain.logits.float().cpu(),
+            labels=_class_labels(batch),
+            plain=_on_cpu(plain_sums.result()),
+            monte_carlo=_on_cpu(sums.result()),
         )
 
     def _tokens(self, batch: dict[str, Tensor]) -> TokenPrediction:
-        inputs, targets = _inputs(batch), batch["labels"][:, 1:]
-        logits, features = self._plain(inputs)
-        plain, sums = TokenSums(targets), TokenSums(targets)
-        plain.update(logits[:, :-1])
-        for logits in self._passes(inputs, batch["sample_id"]):
+        plain, targets = self._timed_plain(batch), batch["labels"][:, 1:]
+        plain_sums, sums = TokenSums(targets), TokenSums(targets)
+        plain_sums.update(plain.logits[:, :-1])
+        for logits in self._passes(batch, plain):
             sums.update(logits[:, :-1])
-        plain_tokens, tokens = plain.result(), sums.result()
+        plain_tokens, tokens = _on_cpu(plain_sums.result()), _on_cpu(sums.result())
         return TokenPrediction(
-            sample_ids=batch["sample_id"],
-            features=features,
+            sample_ids=batch["sample_id"].cpu(),
+            features=plain.features,
             plain=plain_tokens.per_sample(len(targets)),
             monte_carlo=tokens.per_sample(len(targets)),
             plain_tokens=plain_tokens,
@@ -157,58 +165,32 @@ class Predictor:
         )
 
 
-class FeatureTap:
-    """Reads what the last layer reads: the features that out-of-distribution scores are fitted on."""
-
-    def __init__(self, model: nn.Module, has_classes: bool) -> None:
-        self.has_classes = has_classes
-        self._seen: Tensor | None = None
-        self._modules = _last_layers(model, has_classes)
-        self._handles: list[Any] = []
-
-    def __enter__(self) -> "FeatureTap":
-        self._handles = [m.register_forward_pre_hook(self._keep) for m in self._modules]
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-    def pooled(self, attention_mask: Tensor) -> Tensor:
-        """[N, D] float32; of a feature a token, the last token's (classes) or the mean of all (tokens)."""
-        assert self._seen is not None, "the last layer was not called"
-        features, attended = self._seen.float(), attention_mask.bool()
-        if features.dim() == 2:
-            return features
-        if self.has_classes:
-            places = torch.arange(attended.shape[1], device=attended.device)
-            last = (attended * places).amax(dim=1)
-            return features[torch.arange(len(features), device=features.device), last]
-        total = (features * attended[..., None]).sum(dim=1)
-        return total / attended.sum(dim=1, keepdim=True)
-
-    def _keep(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        self._seen = args[0].detach()
-
-
-def _last_layers(model: nn.Module, has_classes: bool) -> list[nn.Module]:
-    bare = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if not has_classes:
-        return [bare.get_output_embeddings()]
-    linear = [m for m in bare.modules() if isinstance(m, nn.Linear)]
-    return [m for m in linear if m.out_features == bare.config.num_labels]
+@dataclass(frozen=True)
+class _PlainPass:
+    logits: Tensor
+    features: Tensor
+    body_output: Any  # None unless Monte-Carlo passes can start from it
 
 
 def _inputs(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value for name, value in batch.items() if name not in ("labels", "sample_id")}
 
 
+def _class_labels(batch: dict[str, Tensor]) -> Tensor:
+    return batch["labels"].cpu() if "labels" in batch else _no_labels(batch)
+
+
 def _no_labels(batch: dict[str, Tensor]) -> Tensor:
-    return torch.full_like(batch["sample_id"], -1)
+    return torch.full_like(batch["sample_id"], -1, device="cpu")
+
+
+def _on_cpu(result: Any) -> Any:
+    """What is kept of a batch leaves the accelerator, which holds one batch at a time."""
+    return replace(result, **{f.name: getattr(result, f.name).cpu() for f in fields(result)})
 
 
 def _joined(parts: list[Any]) -> Any:
-    """Batches of predictions as one; nested results too, and tokens keep the number of their row."""
+    """Batches of predictions as one, nested results too; tokens keep the number of their row."""
     first, joined = parts[0], {}
     sizes = [len(part.sample_ids) for part in parts]
     offsets = torch.tensor([0, *sizes]).cumsum(0).tolist()

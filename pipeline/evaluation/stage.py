@@ -6,79 +6,85 @@ import platform
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from torch import Tensor
 
+from pipeline.config.load import config_diff, load_config
 from pipeline.config.schema import RunConfig
 from pipeline.data import PreparedData, load_raw, prepare_data
 from pipeline.dropout.context import KeyedDropout
 from pipeline.dropout.kernels import active_kernel
 from pipeline.dropout.plan import DropoutPlan
-from pipeline.errors import RunFolderError
+from pipeline.errors import ConfigError, DataError, RunFolderError
 from pipeline.evaluation import judge
 from pipeline.evaluation.mc_dropout import MonteCarlo
-from pipeline.evaluation.ood.registry import fit_detectors
-from pipeline.evaluation.predict import ClassPrediction, Predictor, TokenPrediction
+from pipeline.evaluation.ood.registry import FeatureDetector, fit_detectors
+from pipeline.evaluation.predict import Predictor
+from pipeline.evaluation.samples import joined, samples_table
+from pipeline.evaluation.verdict import verdict
 from pipeline.modality.bundle import MODALITIES, chosen
 from pipeline.model import load_trained
 from pipeline.records import RunFolder, read_jsonl, write_bytes, write_json
 from pipeline.tokenizer import load_tokenizer
 from pipeline.tracking import open_tracker
 
-EXCERPT = 500  # characters of text kept in samples.parquet
 Say = Callable[[str], None]
+Figures = Callable[[RunFolder], Mapping[str, Path]]
+
+# What a run's saved weights and plan have settled; only how they are run may still be changed.
+_SETTLED = ("model.", "peft", "dropout.")
+_OPEN = ("model.attn_implementation", "model.dtype", "model.trust_remote_code", "dropout.strict")
 
 
-def evaluate(run: RunFolder, config: RunConfig, say: Say = lambda sentence: None) -> dict[str, Any]:
+def evaluate(
+    run: RunFolder,
+    config: RunConfig,
+    say: Say = lambda sentence: None,
+    figures: Figures = lambda run: {},
+) -> dict[str, Any]:
     """Evaluate a trained run.
 
     Args:
         run: its folder; it must hold `model/` and `plan.json`.
-        config: its configuration; `evaluation:` may differ from the training's.
+        config: its configuration; `evaluation:` and `data:` may differ from the training's.
         say: receives the few sentences a user should read.
+        figures: draws the evaluated run for the trackers: PNG files by name.
 
     Returns:
         The report, as written to `evaluation/report.json`.
     """
-    plan = _read_plan(run)
+    plan = _read_plan(run, config)
     data, predictor = _load(run, config, plan)
-    say("Predicting validation rows.")
-    validation = predictor.predict(data.validation)
-    say("Predicting test rows.")
-    test = predictor.predict(data.test)
-    outside = {}
-    for name, rows in data.ood.items():
-        say(f"Predicting out-of-distribution rows: {name}.")
-        outside[name] = predictor.predict(rows)
-    detectors = fit_detectors(
-        *_training_features(predictor, data, config),
-        num_neighbours=config.evaluation.knn_neighbours,
-    )
-    scored = {"test": (test, data.test)} | {
-        f"ood:{name}": (prediction, data.ood[name]) for name, prediction in outside.items()
-    }
-    scores = {split: judge.scores_of(part, detectors) for split, (part, _) in scored.items()}
-    report = _report(run, config, plan, data, predictor, test, validation, scores)
-    tables = [
-        samples_table(split, part, rows, scores[split], data.label_names)
-        for split, (part, rows) in scored.items()
-    ]
-    # A set without labels has a column of nulls: it takes the type of the others.
-    table = pa.concat_tables(tables, promote_options="default")
-    _write(run, report, table)
-    _track(run, config, report)
+    fit_rows = _rows_to_fit(data, config)
+    predictions = _predict(predictor, data, say)
+    detectors = _fit(predictor, fit_rows, config)
+    scores = {split: judge.scores_of(part, detectors) for split, part in predictions.items()}
+    report = _report(config, plan, data, predictor, predictions, scores)
+    _write(run, report, _samples(data, predictions, scores))
+    say(_track(run, config, report, figures(run)))
     return report
 
 
-def _read_plan(run: RunFolder) -> DropoutPlan:
+# -- what there is to evaluate -------------------------------------------------------------------
+
+
+def _read_plan(run: RunFolder, config: RunConfig) -> DropoutPlan:
     if not run.plan.is_file() or not run.model.is_dir():
         raise RunFolderError(
-            f"{run.path} holds no trained model (looked for {run.plan.name} and {run.model.name}/). "
-            "Train it first: `masklock train CONFIG`."
+            f"{run.path} was to hold a trained model, but {run.plan.name} or {run.model.name}/ is "
+            f"missing: its training has not finished. Train it first: `masklock train {run.path}`."
         )
+    if run.config.is_file():
+        differences = config_diff(load_config(run.path), config)
+        settled = [d for d in differences if d.startswith(_SETTLED) and not d.startswith(_OPEN)]
+        if settled:
+            raise ConfigError(
+                [f"{one}: settled by the training" for one in settled],
+                f"evaluation of {run.path} (leave these as they were, or train another run)",
+            )
     return DropoutPlan.from_json(json.loads(run.plan.read_text(encoding="utf-8")))
 
 
@@ -99,32 +105,57 @@ def _load(run: RunFolder, config: RunConfig, plan: DropoutPlan) -> tuple[Prepare
     return data, predictor
 
 
-def _training_features(
-    predictor: Predictor, data: PreparedData, config: RunConfig
-) -> tuple[Tensor, Tensor | None]:
-    keep = chosen(len(data.train), config.evaluation.max_fit_samples)
-    features, labels = predictor.features(data.train if keep is None else data.train.select(keep))
-    return features, labels if predictor.has_classes else None
+def _rows_to_fit(data: PreparedData, config: RunConfig) -> Any:
+    """The training rows behind the feature detectors, chosen by key."""
+    limit, wanted = config.evaluation.max_fit_samples, config.evaluation.knn_neighbours
+    keep = chosen(len(data.train), limit)
+    rows = data.train if keep is None else data.train.select(keep)
+    if len(rows) < wanted:
+        raise DataError(
+            f"evaluation.knn_neighbours asks for neighbour {wanted}, but there are {len(rows)} "
+            f"training rows to look among (evaluation.max_fit_samples is {limit}). Set "
+            f"evaluation.knn_neighbours to at most {len(rows)}, or use more rows."
+        )
+    return rows
+
+
+# -- predicting ----------------------------------------------------------------------------------
+
+
+def _predict(predictor: Predictor, data: PreparedData, say: Say) -> dict[str, judge.Prediction]:
+    rows = {"validation": data.validation, **_reported(data)}
+    predictions = {}
+    for split, part in rows.items():
+        say(f"Predicting {len(part)} rows: {split}.")
+        predictions[split] = predictor.predict(part)
+    return predictions
+
+
+def _reported(data: PreparedData) -> dict[str, Any]:
+    """The splits that samples.parquet holds, by the names it has for them."""
+    return {"test": data.test} | {f"ood:{name}": rows for name, rows in data.ood.items()}
+
+
+def _fit(predictor: Predictor, rows: Any, config: RunConfig) -> dict[str, FeatureDetector]:
+    features, labels = predictor.features(rows)
+    return fit_detectors(
+        features,
+        labels if predictor.has_classes else None,
+        num_neighbours=config.evaluation.knn_neighbours,
+    )
 
 
 # -- the report ----------------------------------------------------------------------------------
 
 
 def _report(
-    run: RunFolder,
     config: RunConfig,
     plan: DropoutPlan,
     data: PreparedData,
     predictor: Predictor,
-    test: judge.Prediction,
-    validation: judge.Prediction,
+    predictions: Mapping[str, judge.Prediction],
     scores: Mapping[str, judge.Scores],
 ) -> dict[str, Any]:
-    if isinstance(test, ClassPrediction) and isinstance(validation, ClassPrediction):
-        judged = judge.judge_classes(test, validation, config.evaluation, config.seed)
-    else:
-        assert isinstance(test, TokenPrediction)
-        judged = judge.judge_tokens(test, config.evaluation, config.seed)
     outside = {name: scores[f"ood:{name}"] for name in data.ood}
     report = {
         "schema": "masklock-report-v1",
@@ -146,10 +177,10 @@ def _report(
             "seconds": predictor.clock.seconds,
             "deterministic_seconds": predictor.clock.deterministic_seconds,
         },
-        **judged,
+        **judge.judge(predictions["test"], predictions["validation"], config),
         "ood": judge.ood_section(scores["test"], outside, config.evaluation, config.seed),
     }
-    return {**report, "verdict": judge.verdict(report)}
+    return {**report, "verdict": verdict(report, config.evaluation.confidence_level)}
 
 
 def versions() -> dict[str, str]:
@@ -163,55 +194,17 @@ def versions() -> dict[str, str]:
     )
 
 
-# -- one row a sample ----------------------------------------------------------------------------
-
-
-def samples_table(
-    split: str,
-    prediction: judge.Prediction,
-    rows: Any,
-    scores: judge.Scores,
-    label_names: tuple[str, ...] | None,
+def _samples(
+    data: PreparedData,
+    predictions: Mapping[str, judge.Prediction],
+    scores: Mapping[str, judge.Scores],
 ) -> pa.Table:
-    """One row a sample: identity, prediction, uncertainty and every OOD score."""
-    columns: dict[str, Any] = {
-        "sample_id": prediction.sample_ids.tolist(),
-        "split": [split] * len(prediction.sample_ids),
-        "text": [text[:EXCERPT] for text in rows["text"]],
-    }
-    if isinstance(prediction, ClassPrediction):
-        assert label_names is not None
-        columns |= _class_columns(prediction, label_names)
-    else:
-        columns |= _token_columns(prediction)
-    return pa.table(columns | scores)
-
-
-def _class_columns(prediction: ClassPrediction, names: tuple[str, ...]) -> dict[str, Any]:
-    passes, labels = prediction.monte_carlo, prediction.labels
-    has_label = (labels >= 0).tolist()
-    correct = (passes.prediction == labels).tolist()
-    return {
-        "label": [names[i] if i >= 0 else None for i in labels.tolist()],
-        "prediction": [names[i] for i in passes.prediction.tolist()],
-        "correct": [
-            right if known else None for right, known in zip(correct, has_label, strict=True)
-        ],
-        "confidence": passes.confidence.tolist(),
-        "deterministic_confidence": prediction.plain.confidence.tolist(),
-        **{name: getattr(passes, name).tolist() for name in (*judge.ENTROPIES, "disagreement")},
-    }
-
-
-def _token_columns(prediction: TokenPrediction) -> dict[str, Any]:
-    passes = prediction.monte_carlo
-    return {
-        "num_tokens": passes.num_tokens.tolist(),
-        "log_probability": passes.log_probability.tolist(),
-        "perplexity": passes.perplexity.tolist(),
-        "deterministic_perplexity": prediction.plain.perplexity.tolist(),
-        **{name: getattr(passes, name).tolist() for name in judge.ENTROPIES},
-    }
+    return joined(
+        [
+            samples_table(split, predictions[split], rows, scores[split], data.label_names)
+            for split, rows in _reported(data).items()
+        ]
+    )
 
 
 # -- writing -------------------------------------------------------------------------------------
@@ -225,20 +218,24 @@ def _write(run: RunFolder, report: dict[str, Any], table: pa.Table) -> None:
     write_json(run.report_json, report)
 
 
-def _track(run: RunFolder, config: RunConfig, report: Mapping[str, Any]) -> None:
-    """The headline numbers, for dashboards, at the last step of the training."""
+def _track(
+    run: RunFolder, config: RunConfig, report: Mapping[str, Any], pictures: Mapping[str, Path]
+) -> str:
+    """The headline numbers and pictures, at the last step of the training."""
     steps = [row["step"] for row in read_jsonl(run.metrics)] if run.metrics.is_file() else []
+    numbers = headline_numbers(report)
     tracker = open_tracker(config, run, is_main=True)
     tracker.start(config.model_dump(mode="json"), config.name)
-    numbers = headline_numbers(report)
     tracker.log(numbers, max(steps, default=0))
+    for name, png in pictures.items():
+        tracker.figure(name, png)
     tracker.summary(numbers)
-    tracker.finish()
+    return tracker.finish()
 
 
 def headline_numbers(report: Mapping[str, Any]) -> dict[str, float]:
     """One flat number a measure, in the namespaces calibration/, uncertainty/ and ood/."""
-    numbers = {}
+    numbers: dict[str, float] = {}
     for name, quality in report["quality"].items():
         numbers |= {f"eval/{name}_{metric}": value for metric, value in quality.items()}
     for name, section in report["calibration"].items():

@@ -145,7 +145,7 @@ def test_a_plan_as_json_has_stdout_for_itself(masklock, stage, yaml_file):
 def test_evaluate_takes_a_run_folder_or_its_yaml(masklock, stage, yaml_file, run_folder):
     seen = []
 
-    def evaluated(folder, config, say):
+    def evaluated(folder, config, say, figures):
         seen.append((folder.path, config.evaluation.batch_size))
         return {"verdict": ["trust it"]}
 
@@ -203,7 +203,7 @@ def test_the_mask_of_a_run_needs_all_coordinates(masklock, run_folder):
 def test_export_and_quickstart_print_where_their_result_is(masklock, stage, run_folder, tmp_path):
     stage("pipeline.export", "export", lambda folder, output: output / "weights")
     stage("monitoring.report", "write_report", lambda folder: folder / "report.html")
-    stage("pipeline.quickstart", "quickstart", lambda modality, write, say: write(tmp_path))
+    stage("pipeline.quickstart", "quickstart", lambda modality, draw, write, say: write(tmp_path))
     assert masklock("export", run_folder, tmp_path / "out")[1] == f"{tmp_path}/out/weights\n"
     assert masklock("quickstart")[1] == f"The report is {tmp_path}/report.html\n"
 

@@ -10,7 +10,6 @@ from pipeline.evaluation.intervals import (
     mean_interval,
     paired_difference,
     percentile_interval,
-    statistic_interval,
 )
 
 
@@ -40,11 +39,6 @@ def test_weights_resample_a_ratio_of_sums(values):
     ratios = [np.average(values[drawn], weights=weights[drawn]) for drawn in rows]
     result = mean_interval(values, weights=weights, seed=9, num_resamples=200)
     np.testing.assert_allclose(result, np.quantile(ratios, [0.025, 0.975]), atol=1e-12)
-
-
-def test_any_statistic_of_row_numbers_uses_the_same_draws(values):
-    by_statistic = statistic_interval(lambda rows: values[rows].mean(), len(values), seed=4)
-    np.testing.assert_allclose(by_statistic, mean_interval(values, seed=4), atol=1e-12)
 
 
 def test_the_interval_is_a_function_of_the_seed_alone(values):
@@ -105,5 +99,3 @@ def test_values_without_a_mean_are_refused(values, message):
 def test_rows_that_cannot_be_paired_are_refused():
     with pytest.raises(ValueError, match="a has 2 rows but b has 1"):
         paired_difference([1.0, 2.0], [1.0], seed=0)
-    with pytest.raises(ValueError, match="at least one row"):
-        statistic_interval(len, 0, seed=0)
