@@ -14,6 +14,7 @@ from markupsafe import Markup
 from monitoring import figures, words
 from monitoring.headline import tiles, verdict
 from monitoring.run import Run, is_number, load_run, mean
+from pipeline.errors import RunFolderError
 from pipeline.records import RunFolder, write_text
 
 NUM_UNCERTAIN_SAMPLES = 20
@@ -23,7 +24,17 @@ _UNCERTAINTY_ORDER = ("predictive_entropy", "mutual_information", "perplexity")
 
 
 def write_report(folder: RunFolder) -> Path:
-    """Render the report into the run folder."""
+    """Render the report into the run folder.
+
+    Raises:
+        RunFolderError: there is nothing to report: no step was logged, nothing was evaluated.
+    """
+    if not folder.metrics.is_file() and not folder.report_json.is_file():
+        raise RunFolderError(
+            f"{folder.path} was to hold what a report shows, but neither {folder.metrics.name} nor "
+            f"{folder.evaluation.name}/{folder.report_json.name} is there. Train the run, then "
+            "evaluate it: `masklock evaluate RUN`."
+        )
     write_text(folder.report_html, render_report(folder))
     return folder.report_html
 

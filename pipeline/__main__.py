@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pipeline.errors import InputError, LayoutError, MasklockError
-from pipeline.library_output import without_data_bars
+from pipeline.library_output import without_data_bars, without_waiting_lines
 
 if TYPE_CHECKING:
     from pipeline.config.schema import RunConfig
@@ -101,7 +101,7 @@ def mask(
 ) -> None:
     """Print the masks of named coordinates as JSON."""
     with _stdout_for_data():
-        if Path(source).is_file() and Path(source).suffix.lower() == ".json":
+        if Path(source).suffix.lower() == ".json" and not Path(source).is_dir():
             if (site, sample, step, mc_pass) != (None, None, None, None):
                 raise InputError("Cases carry their own coordinates: leave the options out.")
             result = _masks_of_cases(Path(source))
@@ -155,16 +155,29 @@ def quickstart(
 
 def main() -> None:
     """Run the command line; errors a user can act on are shown without a traceback."""
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    for package in ("pipeline", "monitoring"):
-        logging.getLogger(package).setLevel(logging.INFO)
+    _hear_own_packages()
     without_data_bars()
+    without_waiting_lines()
     try:
         _refuse_foreign_packages()
         app(args=[word for word in sys.argv[1:] if not _from_launcher(word)])
     except MasklockError as error:
         typer.echo(f"masklock: {error}", err=True)
         sys.exit(error.exit_code)
+
+
+class _Stderr(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        typer.echo(self.format(record), err=True)
+
+
+def _hear_own_packages() -> None:
+    """Libraries have handlers of their own: one at the root would say all of theirs twice."""
+    for package in ("pipeline", "monitoring"):
+        logger = logging.getLogger(package)
+        logger.setLevel(logging.INFO)
+        if not logger.handlers:
+            logger.addHandler(_Stderr())
 
 
 def _from_launcher(word: str) -> bool:

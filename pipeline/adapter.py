@@ -39,5 +39,9 @@ def with_adapter(
     try:
         with without_old_names():
             return get_peft_model(model, peft_config)
-    except ValueError as error:
-        raise ModelError(f"peft: {error}") from error
+    except Exception as error:  # each adapter refuses in its own way: None times a number, say
+        first_line = str(error).strip().partition("\n")[0]
+        raise ModelError(
+            f"peft: the {config.peft.peft_type} adapter cannot be put on this model: {first_line} "
+            "Check the fields under peft."
+        ) from error

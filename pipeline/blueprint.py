@@ -64,6 +64,7 @@ def blueprint_of(config: RunConfig, hf_config: PreTrainedConfig) -> Blueprint:
     fields = _rate_fields(config, hf_config)
     skeleton = _skeleton(config, hf_config, fields, "meta")
     _check_length(config, hf_config, skeleton)
+    _check_attention(config, hf_config)
     device = _trace_device(hf_config, skeleton)
 
     def build(rates: Mapping[str, float | None]) -> nn.Module:
@@ -91,6 +92,25 @@ def _attention_refusal(implementation: str | None) -> str:
         f"model.attn_implementation is {implementation}, whose fused kernel draws its own masks; "
         "use `attn_implementation: eager`, or set dropout.attention to 0"
     )
+
+
+def _check_attention(config: RunConfig, hf_config: PreTrainedConfig) -> None:
+    """The implementation asked for exists, for this model and on this machine.
+
+    One named `owner/kernel` is fetched from the hub when the model is loaded.
+    """
+    asked = config.model.attn_implementation
+    if asked in (None, "eager") or "/" in asked:
+        return
+    try:
+        with torch.device("meta"):
+            auto_class(config).from_config(copy.deepcopy(hf_config), attn_implementation=asked)
+    except (ValueError, ImportError) as error:
+        first_line = str(error).strip().partition("\n")[0].rstrip(".")
+        raise ModelError(
+            f"model.attn_implementation is {asked}, which {hf_config.model_type} cannot use here: "
+            f"{first_line}. Leave it out, or use eager or sdpa."
+        ) from error
 
 
 def _skeleton(

@@ -10,8 +10,10 @@ from pipeline.data import RawData, load_raw
 from pipeline.dropout.plan import DropoutPlan
 from pipeline.errors import InputError
 from pipeline.modality.bundle import MODALITIES
-from pipeline.model import plan_for
+from pipeline.model import check_weights, plan_for
+from pipeline.model_config import fit_to_tokenizer, model_config
 from pipeline.records import RunFolder
+from pipeline.tokenizer import load_tokenizer
 from pipeline.train import check_folder
 
 Result = TypeVar("Result")
@@ -32,16 +34,29 @@ def check(config: RunConfig) -> list[str]:
     raw = _attempt(problems, lambda: load_raw(config))
     names = raw.label_names if raw else None
     planned = _attempt(problems, lambda: plan_for(config, names))
+    _attempt(problems, lambda: check_weights(config))
+    notes = _attempt(problems, lambda: _tokenizer_notes(config)) if planned else None
     if problems:
-        raise InputError("\n".join(problems))
+        raise InputError("\n\n".join(problems))
     assert raw is not None
     assert planned is not None
-    return [_data_line(config, raw), _plan_line(planned), *planned.notes, *raw.notes, "No errors."]
+    found = [_data_line(config, raw), _plan_line(planned)]
+    return [*found, *planned.notes, *raw.notes, *(notes or []), "No errors."]
 
 
 def plan(config: RunConfig) -> DropoutPlan:
     """Every dropout site of the model, from its configuration alone: neither data nor weights."""
     return plan_for(config)
+
+
+def _tokenizer_notes(config: RunConfig) -> list[str]:
+    """What a tokenizer that is named has to say; one that is still to be trained fits by itself."""
+    if config.model.model_name_or_path is None and config.model.tokenizer_name_or_path is None:
+        return []
+    tokenizer = load_tokenizer(config, [])
+    notes = MODALITIES[config.model.task].notes(tokenizer)
+    fit_to_tokenizer(model_config(config, None), tokenizer, config)
+    return notes
 
 
 def _attempt(problems: list[str], action: Callable[[], Result]) -> Result | None:

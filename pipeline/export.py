@@ -1,6 +1,5 @@
 """Writes a run's weights as one plain Hugging Face model, with an adapter merged into its base."""
 
-import json
 import os
 import shutil
 from pathlib import Path
@@ -22,10 +21,11 @@ def export(run: RunFolder, output: Path) -> Path:
     """
     if not run.model.is_dir():
         raise RunFolderError(f"{run.path} holds no trained model: train the run to its end first.")
-    if output.exists() and any(output.iterdir()):
-        raise RunFolderError(f"{output} is not empty; name a new folder to export to.")
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        fault = "is not empty" if output.is_dir() else "is a file"
+        raise RunFolderError(f"{output} {fault}; name a new folder to export to.")
     config = load_config(run.path)
-    plan = DropoutPlan.from_json(json.loads(run.plan.read_text(encoding="utf-8")))
+    plan = DropoutPlan.read(run.plan)
     own = config.model.model_copy(update={"tokenizer_name_or_path": str(run.model)})
     tokenizer = load_tokenizer(config.model_copy(update={"model": own}), [])
     model: Any = load_trained(run.model, config, _label_names(run), plan, tokenizer)

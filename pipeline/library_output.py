@@ -18,6 +18,14 @@ def without_data_bars() -> None:
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
 
+def without_waiting_lines() -> None:
+    """One sentence while the hub does not answer, instead of two a try; none on a lack of GPU."""
+    logging.getLogger("huggingface_hub.utils._http").addFilter(_FirstRetry())
+    logging.getLogger("DeepSpeed").addFilter(
+        lambda record: "Setting accelerator to CPU" not in record.getMessage()
+    )
+
+
 @contextmanager
 def without_old_names() -> Iterator[None]:
     """No warning that peft asks a model by a name that transformers will drop."""
@@ -51,6 +59,23 @@ def without_load_report() -> Iterator[None]:
         library.set_tqdm_hook(previous)
         for logger, one in filters.items():
             logger.removeFilter(one)
+
+
+class _FirstRetry(logging.Filter):
+    """Turns the first failed request into a sentence and drops the others."""
+
+    has_spoken = False
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        if "thrown while requesting" not in message and not message.startswith("Retrying in"):
+            return True
+        record.msg, record.args = (
+            "The hub does not answer; trying for half a minute (not at all with HF_HUB_OFFLINE=1).",
+            (),
+        )
+        is_first, self.has_spoken = not self.has_spoken, True
+        return is_first
 
 
 class _Holding(logging.Filter):

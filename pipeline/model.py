@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
@@ -75,7 +76,10 @@ def load_trained(
     """
     hf_config = _planned_config(config, label_names, plan, tokenizer)
     if config.peft is None:
-        model, missing, mismatched = _read_weights(str(folder), config, hf_config, plan)
+        try:
+            model, missing, mismatched = _read_weights(str(folder), config, hf_config, plan)
+        except (OSError, SafetensorError) as error:
+            raise _damaged(folder, error) from error
         if missing or mismatched:
             raise ModelError(
                 f"{folder} was to hold the trained model, but these weights are missing or of "
@@ -86,7 +90,18 @@ def load_trained(
 
     base = _load_weights(config, hf_config, plan)
     with without_old_names():
-        return PeftModel.from_pretrained(base, str(folder))
+        try:
+            return PeftModel.from_pretrained(base, str(folder))
+        except (OSError, ValueError, SafetensorError) as error:
+            raise _damaged(folder, error) from error
+
+
+def _damaged(folder: Path, error: Exception) -> ModelError:
+    first_line = str(error).strip().partition("\n")[0]
+    return ModelError(
+        f"{folder} was to hold the trained model, but it cannot be read: {first_line}. Train the "
+        "run again under another name, or bring the files back."
+    )
 
 
 def _planned_config(
@@ -121,11 +136,10 @@ def _load_weights(config: RunConfig, hf_config: PreTrainedConfig, plan: DropoutP
         options.pop("use_safetensors")
         return auto_class(config).from_config(hf_config, **options)
     path = resolve(name)
-    if config.model.weights_sha256 is not None:
-        _check_weights(path, config.model.weights_sha256)
+    check_weights(config)
     try:
         model, missing, mismatched = _read_weights(path, config, hf_config, plan)
-    except OSError as error:
+    except (OSError, ImportError, ValueError, SafetensorError) as error:
         raise ModelError(not_found("model", name, error)) from error
     _tell_new_weights(model, name, missing, mismatched)
     return model
@@ -173,15 +187,25 @@ def _listed(names: list[str]) -> str:
     return ", ".join(names[:5]) + (f", ... ({len(names)} in all)" if len(names) > 5 else "")
 
 
-def _check_weights(path: str, expected: str) -> None:
+def check_weights(config: RunConfig) -> None:
+    """The file of the weights is the one asked for, where its sha256 is given.
+
+    Raises:
+        ModelError: it is another one, or not there.
+    """
+    expected, name = config.model.weights_sha256, config.model.model_name_or_path
+    if expected is None or name is None:
+        return
+    path = resolve(name)
     file = Path(path) / "model.safetensors"
     if not file.is_file():
         raise ModelError(
-            f"model.weights_sha256 is given, but {path} has no model.safetensors to check."
+            f"model.weights_sha256 is given, but {path} has no model.safetensors to check. Give "
+            "the folder of a downloaded model, or leave weights_sha256 out."
         )
     found = sha256_of_file(file)
     if found != expected:
         raise ModelError(
-            f"model.safetensors is not the file asked for: sha256 {found}, expected {expected}. "
-            "Nothing was loaded; install the package again."
+            f"{file} is not the file asked for: its sha256 is {found}, model.weights_sha256 is "
+            f"{expected}. Nothing was loaded: get the file again, or correct the sha256."
         )

@@ -33,7 +33,10 @@ def resolve(name: str) -> str:
     if not name.startswith(_PACKAGE):
         return name
     package, _, folder = name.removeprefix(_PACKAGE).partition("/")
-    spec = importlib.util.find_spec(package)
+    try:
+        spec = importlib.util.find_spec(package)
+    except (ImportError, ValueError):  # a parent package is missing, or this is no name at all
+        spec = None
     if spec is None or spec.origin is None:
         raise ModelError(
             f"{name}: the Python package {package} is not installed. Install it "
@@ -113,23 +116,35 @@ def _from_pretrained(config: RunConfig) -> PreTrainedConfig:
 
 def not_found(what: str, name: str, error: Exception) -> str:
     """What was looked for, where, and how to get it."""
+    first_line = str(error).strip().splitlines()[0]
+    if Path(name).is_dir():
+        held = ", ".join(sorted(path.name for path in Path(name).iterdir())[:10]) or "nothing"
+        return (
+            f"The {what} in the folder {name!r} could not be loaded: {first_line.rstrip(': .')}. "
+            f"The folder holds: {held}."
+        )
+    if is_path(name):
+        return (
+            f"The {what} {name!r} could not be loaded: there is no such folder. Give a folder that "
+            "`save_pretrained` or `hf download` has written, or a name on the hub."
+        )
     offline = os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0")
-    looked = (
-        f"a folder {name!r} (none), then the hub"
-        if not Path(name).is_dir()
-        else f"the folder {name!r}"
-    )
     network = (
         "HF_HUB_OFFLINE is set, so only the local cache was searched"
         if offline
         else "the hub was asked"
     )
-    first_line = str(error).strip().splitlines()[0]
     return (
-        f"The {what} {name!r} could not be loaded. Looked for: {looked}; {network}. {first_line} "
+        f"The {what} {name!r} could not be loaded. Looked for: a folder {name!r} (none), then the "
+        f"hub; {network}. {first_line} "
         "To work offline, download it once (`hf download NAME --local-dir FOLDER`) and give the "
         "folder, or name weights of an installed package (`package:NAME/FOLDER`)."
     )
+
+
+def is_path(name: str) -> bool:
+    """Whether a name can only be meant as a folder: the hub has NAME and OWNER/NAME."""
+    return name.startswith(("/", ".", "~")) or name.count("/") > 1 or "\\" in name
 
 
 def _check_overrides(config: RunConfig, hf_config: PreTrainedConfig) -> None:

@@ -14,30 +14,18 @@ from pipeline.model_config import not_found, resolve
 
 
 def load_tokenizer(config: RunConfig, texts: Iterable[str]) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, or a byte-level BPE trained on `texts` where none is named.
-
-    A tokenizer without padding token pads with its end-of-sequence token; the attention mask hides
-    the padding.
-    """
+    """The model's tokenizer, or a byte-level BPE trained on `texts` where none is named."""
     name = config.model.tokenizer_name_or_path or config.model.model_name_or_path
     if name is None:
         return _trained_tokenizer(texts, config.model.tokenizer_vocab_size)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
+        return AutoTokenizer.from_pretrained(
             resolve(name),
             revision=config.model.model_revision,
             trust_remote_code=config.model.trust_remote_code,
         )
     except (OSError, ValueError) as error:
         raise ModelError(not_found("tokenizer", name, error)) from error
-    if tokenizer.pad_token is None:
-        if tokenizer.eos_token is None:
-            raise ModelError(
-                f"The tokenizer {name} has neither a padding nor an end-of-sequence token; "
-                "add a pad_token to its tokenizer_config.json."
-            )
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
 
 
 def _trained_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerBase:

@@ -109,6 +109,7 @@ def guarded_arguments(config: RunConfig) -> TrainingArguments:
 
 def check_folder(run: RunFolder, config: RunConfig) -> None:
     """A folder that holds another run is refused, with what differs."""
+    _check_place(run.path)
     if not run.path.exists() or not any(run.path.iterdir()):
         return
     if not run.config.is_file():
@@ -123,6 +124,20 @@ def check_folder(run: RunFolder, config: RunConfig) -> None:
             f"{run.path} holds a run with another configuration (there -> asked for):\n{listed}\n"
             "Choose another name, delete the folder, or undo these changes to go on with that run."
         )
+
+
+def _check_place(folder: Path) -> None:
+    """The folder, or the nearest one above it that exists, must take what the run writes."""
+    place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not place.is_dir():
+        fault = f"{place} is a file"
+    elif not os.access(place, os.W_OK | os.X_OK):
+        fault = f"you may not write to {place}"
+    else:
+        return
+    raise RunFolderError(
+        f"The run was to be written to {folder}, but {fault}. Choose another name or output_dir."
+    )
 
 
 def as_before(before: RunConfig, config: RunConfig) -> RunConfig:

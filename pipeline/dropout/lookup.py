@@ -3,7 +3,6 @@
 It draws by the kernels alone, so it also checks what a training or an evaluation drew.
 """
 
-import json
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -12,12 +11,12 @@ import torch
 from torch import Tensor
 
 from pipeline.dropout.kernels import attention, rows
-from pipeline.dropout.key import derive_key, signed
+from pipeline.dropout.key import derive_key, row_id, signed
 from pipeline.dropout.philox import scale, threshold
 from pipeline.dropout.plan import DropoutPlan
 from pipeline.dropout.sites import Site
 from pipeline.dropout.variants import find_variant
-from pipeline.errors import DropoutError, RunFolderError
+from pipeline.errors import DropoutError
 from pipeline.records import RunFolder
 
 
@@ -38,9 +37,7 @@ def mask_of_run(
         The coordinates, the key, and `keep`: 1 where an element stays, nested as
         [positions][features], or [heads][queries][keys] for attention.
     """
-    if not run.plan.is_file():
-        raise RunFolderError(f"{run.path} has no plan.json: train the run first.")
-    plan = DropoutPlan.from_json(json.loads(run.plan.read_text(encoding="utf-8")))
+    plan = DropoutPlan.read(run.plan)
     found = _find(plan, site)
     key = derive_key(seed, purpose, index, found.variant, found.site, found.call)
     keep = _keep(found, key, sample)
@@ -82,7 +79,7 @@ def _coordinates(site: Site, seed: int, purpose: str, index: int, sample: int) -
 
 
 def _keep(site: Site, key: int, sample: int) -> Tensor:
-    key_row, sample_row = (torch.tensor([[signed(value)]]) for value in (key, sample))
+    key_row, sample_row = (torch.tensor([[signed(value)]]) for value in (key, row_id(sample)))
     limits = torch.tensor([[threshold(site.rate)]]), torch.ones(1, 1)
     variant = find_variant(site.variant)
     if variant.kernel == "attention":

@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -20,7 +21,7 @@ from pipeline.dropout.positions import is_stack
 from pipeline.dropout.rates import problems_of, with_rate
 from pipeline.dropout.sites import ROLE_OF_ATTRIBUTE, SAMPLE_FIRST, Site, role_of
 from pipeline.dropout.trace import Call, trace
-from pipeline.errors import DropoutError
+from pipeline.errors import DropoutError, RunFolderError
 
 _FIRST, _SECOND = (3, 8), (5, 7)  # samples and tokens of the traced batches; no multiples
 SiteCall = tuple[str, str, int]
@@ -52,6 +53,23 @@ class DropoutPlan:
             "notes": list(self.notes),
             "attributes": dict(self.attributes),
         }
+
+    @staticmethod
+    def read(file: Path) -> "DropoutPlan":
+        """The plan that a training wrote.
+
+        Raises:
+            RunFolderError: there is none, or it is damaged.
+        """
+        if not file.is_file():
+            raise RunFolderError(f"{file.parent} has no {file.name}: train the run first.")
+        try:
+            return DropoutPlan.from_json(json.loads(file.read_bytes()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise RunFolderError(
+                f"{file} was to hold a dropout plan, but it is damaged ({error}). Train the run "
+                "again under another name, or bring the file back."
+            ) from None
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> "DropoutPlan":

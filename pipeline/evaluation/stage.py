@@ -1,7 +1,6 @@
 """The evaluation stage: a trained run -> evaluation/report.json and evaluation/samples.parquet."""
 
 import io
-import json
 import platform
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
@@ -85,7 +84,7 @@ def _read_plan(run: RunFolder, config: RunConfig) -> DropoutPlan:
                 [f"{one}: settled by the training" for one in settled],
                 f"evaluation of {run.path} (leave these as they were, or train another run)",
             )
-    return DropoutPlan.from_json(json.loads(run.plan.read_text(encoding="utf-8")))
+    return DropoutPlan.read(run.plan)
 
 
 def _load(run: RunFolder, config: RunConfig, plan: DropoutPlan) -> tuple[PreparedData, Predictor]:
