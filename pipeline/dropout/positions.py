@@ -60,7 +60,7 @@ class StackInputs:
             position_ids=_matrix(given.get("position_ids")),
             attention_mask=_matrix(given.get("attention_mask")),
             encoder_attention_mask=_matrix(given.get("encoder_attention_mask")),
-            cache_length=_length_of(given.get("past_key_values", given.get("cache"))),
+            cache_length=_length_of(given.get("cache") or given.get("past_key_values")),
         )
 
     def queries(self, device: torch.device) -> Tensor:
