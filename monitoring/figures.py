@@ -44,8 +44,13 @@ def curve_charts(run: Run) -> list[Chart]:
         charts.append(Chart("Loss", partial(drawing.draw_lines, lines=losses, colours=colours)))
     for namespace, colour in (("eval/", ORANGE), ("train/", BLUE)):
         keys = [key for key in run.metric_keys(namespace) if key not in _NOT_A_CURVE]
-        charts += [_curve(run, key, colour) for key in keys if run.history(key)]
+        charts += [_curve(run, key, colour) for key in keys if _is_curve(run, key)]
     return charts
+
+
+def _is_curve(run: Run, key: str) -> bool:
+    """One point is no curve: figures of the evaluation stage have sections of their own."""
+    return len({step for step, _ in run.history(key)}) > 1
 
 
 def reliability_charts(run: Run) -> list[Chart]:
