@@ -1,0 +1,323 @@
+"""The evaluation stage on tiny runs: its files, against scikit-learn and plain loops over them."""
+
+import copy
+import json
+import math
+from types import SimpleNamespace
+
+import pandas as pd
+import pytest
+import torch
+from sklearn.metrics import accuracy_score, f1_score, roc_auc_score
+
+from pipeline.config.load import dump_config
+from pipeline.config.schema import RunConfig
+from pipeline.data import load_raw, prepare_data
+from pipeline.errors import ConfigError, DataError, RunFolderError
+from pipeline.evaluation import stage
+from pipeline.evaluation.stage import evaluate
+from pipeline.model import build_model, load_trained, plan_for
+from pipeline.records import RunFolder, read_jsonl, write_json
+from pipeline.tokenizer import load_tokenizer
+
+SHAPE = {
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 16,
+    "max_position_embeddings": 16,
+    "initializer_range": 0.3,
+}
+WORDS = ["red", "blue", "green", "pink", "cat", "dog", "cow", "hen"]
+CLASSES, GENERATION = "text-classification", "text-generation"
+SIZES = {"train": 30, "validation": 12, "test": 21}
+
+
+def text(number, words=WORDS):
+    return " ".join(words[(number * 7 + place * 3) % 8] for place in range(3 + number % 6))
+
+
+def write_data(folder):
+    for split, size in SIZES.items():
+        labels = [("animal", "colour", "plant")[(number * number) % 3] for number in range(size)]
+        table = pd.DataFrame({"text": [text(number) for number in range(size)], "label": labels})
+        table.to_parquet(folder / f"{split}.parquet")
+    far = [json.dumps({"text": text(number, WORDS[::-1]) * 2}) for number in range(15)]
+    (folder / "far.jsonl").write_text("\n".join(far))
+
+
+def config_in(folder, task):
+    kind, dropout = ("bert", {"hidden": 0.1, "attention": 0.1, "head": 0.3})
+    if task == GENERATION:
+        kind, dropout = ("llama", {"insert": {"embedding": 0.1, "hidden": 0.2}})
+    files = {split: str(folder / f"{split}.parquet") for split in SIZES}
+    far = {"path": "json", "data_files": str(folder / "far.jsonl")}
+    origin = {"model_type": kind, "config_overrides": SHAPE, "tokenizer_vocab_size": 300}
+    return RunConfig.model_validate(
+        {
+            "name": "tiny",
+            "output_dir": str(folder),
+            "model": {"task": task} | origin,
+            "data": {
+                "path": "parquet",
+                "data_files": files,
+                "max_length": 12,
+                "ood": {"far": far},
+            },
+            "train": {"global_batch_size": 4, "use_cpu": True},
+            "dropout": dropout,
+            "evaluation": {
+                "num_mc_passes": 5,
+                "batch_size": 8,
+                "num_bootstrap_resamples": 50,
+                "knn_neighbours": 3,
+            },
+            "wandb": {"mode": "disabled"},
+        }
+    )
+
+
+def save_run(config):
+    """A run folder as a training leaves it, with random weights."""
+    run = RunFolder(f"{config.output_dir}/{config.name}")
+    raw = load_raw(config)
+    tokenizer = load_tokenizer(config, raw.train["text"][:])
+    plan = plan_for(config, raw.label_names, tokenizer)
+    build_model(config, raw.label_names, plan, tokenizer).save_pretrained(run.model)
+    tokenizer.save_pretrained(run.model)
+    write_json(run.plan, plan.to_json())
+    run.config.write_text(dump_config(config))
+    run.metrics.write_text('{"time": 1.0, "step": 40, "train/loss": 1.5}\n')
+    return run
+
+
+@pytest.fixture(autouse=True, scope="module")
+def without_wandb():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WANDB_MODE", "disabled")
+        yield
+
+
+@pytest.fixture(scope="module", params=[CLASSES, GENERATION])
+def evaluated(request, tmp_path_factory):
+    return evaluated_run(tmp_path_factory.mktemp("run"), request.param)
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory):
+    return evaluated_run(tmp_path_factory.mktemp("classifier"), CLASSES)
+
+
+@pytest.fixture(scope="module")
+def language_model(tmp_path_factory):
+    return evaluated_run(tmp_path_factory.mktemp("language_model"), GENERATION)
+
+
+def evaluated_run(folder, task):
+    write_data(folder)
+    config = config_in(folder, task)
+    run = save_run(config)
+    said = []
+    report = evaluate(run, config, said.append)
+    samples = pd.read_parquet(run.samples)
+    return SimpleNamespace(run=run, config=config, report=report, samples=samples, said=said)
+
+
+def changed(config, **values):
+    evaluation = config.evaluation.model_copy(update=values)
+    return config.model_copy(update={"evaluation": evaluation})
+
+
+# -- what is written -----------------------------------------------------------------------------
+
+SECTIONS = {
+    "schema",
+    "run",
+    "task",
+    "created",
+    "seed",
+    "versions",
+    "num_samples",
+    "mc",
+    "quality",
+    "intervals",
+    "calibration",
+    "uncertainty",
+    "ood",
+    "verdict",
+}
+WAYS = {"deterministic", "mc"}
+SEPARATION = {"auroc", "auroc_interval", "aupr_in", "aupr_out", "fpr95", "fpr95_interval"}
+
+
+def test_the_report_has_its_sections(evaluated):
+    report = json.loads(evaluated.run.report_json.read_text())
+    has_classes = evaluated.config.model.task == CLASSES
+    assert set(report) == SECTIONS | ({"chance"} if has_classes else set())
+    assert set(report["quality"]) == WAYS
+    assert set(report["calibration"]) == WAYS | (
+        {"mc_temperature", "temperature"} if has_classes else set()
+    )
+    assert set(report["mc"]) == {
+        "num_passes",
+        "head_only",
+        "num_sites",
+        "seconds",
+        "deterministic_seconds",
+    }
+    far = report["ood"]["far"]
+    assert all(set(figures) == SEPARATION for figures in far["scores"].values())
+    assert {far["best_deterministic"], far["best_mc"]} <= set(far["scores"])
+    assert report["verdict"][-1] == far["verdict"]
+
+
+def test_the_samples_table_has_a_row_a_sample(evaluated):
+    report, samples = evaluated.report, evaluated.samples
+    sizes = samples["split"].value_counts().to_dict()
+    assert sizes == {"test": report["num_samples"]["test"], "ood:far": sizes["ood:far"]}
+    assert sizes["ood:far"] == report["num_samples"]["ood"]["far"]
+    own = {"sample_id", "split", "text", "predictive_entropy", "mutual_information"}
+    assert own | set(report["ood"]["far"]["scores"]) <= set(samples.columns)
+    assert samples["text"].str.len().min() > 0
+    test = samples[samples["split"] == "test"]
+    assert sorted(test["sample_id"]) == list(range(len(test)))
+
+
+def test_a_user_reads_what_is_going_on(evaluated):
+    sizes = evaluated.report["num_samples"]
+    assert evaluated.said == [
+        f"Predicting {sizes['validation']} rows: validation.",
+        f"Predicting {sizes['test']} rows: test.",
+        f"Predicting {sizes['ood']['far']} rows: ood:far.",
+        "metrics.jsonl: 1 rows written.",
+    ]
+
+
+# -- the numbers ---------------------------------------------------------------------------------
+
+
+def test_quality_agrees_with_scikit_learn(classifier):
+    test = classifier.samples[classifier.samples["split"] == "test"]
+    quality = classifier.report["quality"]["mc"]
+    assert quality["accuracy"] == accuracy_score(test["label"], test["prediction"])
+    assert quality["f1"] == pytest.approx(
+        f1_score(test["label"], test["prediction"], average="macro")
+    )
+    assert (test["correct"] == (test["label"] == test["prediction"])).all()
+    assert classifier.report["chance"] == test["label"].value_counts(normalize=True).max()
+    errors = classifier.report["uncertainty"]["error_auroc"]
+    for score in ("mutual_information", "disagreement"):
+        expected = roc_auc_score(~test["correct"].astype(bool), test[score])
+        assert errors[score] == pytest.approx(expected)
+
+
+def test_ood_figures_agree_with_scikit_learn(evaluated):
+    is_far = evaluated.samples["split"] == "ood:far"
+    for name, figures in evaluated.report["ood"]["far"]["scores"].items():
+        assert figures["auroc"] == pytest.approx(roc_auc_score(is_far, evaluated.samples[name]))
+    if "label" in evaluated.samples:
+        assert evaluated.samples[is_far]["label"].isna().all()
+        assert evaluated.samples[is_far]["correct"].isna().all()
+
+
+def test_perplexity_equals_a_plain_loop(language_model):
+    config, run = language_model.config, language_model.run
+    own = config.model.model_copy(update={"tokenizer_name_or_path": str(run.model)})
+    tokenizer = load_tokenizer(config.model_copy(update={"model": own}), [])
+    rows = prepare_data(config, load_raw(config), tokenizer).test
+    plan = plan_for(config, None, tokenizer)
+    model = load_trained(run.model, config, None, plan, tokenizer).eval()
+    total, count = 0.0, 0
+    for ids in rows["input_ids"][:]:
+        with torch.no_grad():
+            log = model(input_ids=torch.tensor([ids])).logits[0, :-1].double().log_softmax(-1)
+        total += log.gather(1, torch.tensor(ids)[1:, None]).sum().item()
+        count += len(ids) - 1
+    perplexity = language_model.report["quality"]["deterministic"]["perplexity"]
+    assert perplexity == pytest.approx(math.exp(-total / count), rel=1e-6)
+    assert language_model.samples["num_tokens"].where(
+        language_model.samples["split"] == "test"
+    ).sum() == pytest.approx(count)
+
+
+def test_evaluating_again_gives_the_same_report(evaluated):
+    again, first = evaluate(evaluated.run, evaluated.config), copy.deepcopy(evaluated.report)
+    for report in (first, again):
+        del report["created"], report["mc"]["seconds"], report["mc"]["deterministic_seconds"]
+    assert again == first
+    pd.testing.assert_frame_equal(pd.read_parquet(evaluated.run.samples), evaluated.samples)
+
+
+def test_the_batch_size_changes_no_sample(evaluated):
+    evaluate(evaluated.run, changed(evaluated.config, batch_size=5))
+    found = pd.read_parquet(evaluated.run.samples)
+    pd.testing.assert_frame_equal(found, evaluated.samples, atol=1e-5)
+
+
+# -- trackers ------------------------------------------------------------------------------------
+
+
+class Recorder:
+    def __init__(self):
+        self.calls = []
+
+    def __getattr__(self, name):
+        return lambda *args: self.calls.append((name, *args)) or f"{name}ed."
+
+
+def test_numbers_and_figures_reach_one_tracker_session(classifier, monkeypatch, tmp_path):
+    recorder, said = Recorder(), []
+    monkeypatch.setattr(stage, "open_tracker", lambda config, folder, is_main: recorder)
+
+    def figures(run):
+        assert run.report_json.is_file()
+        return {"reliability": tmp_path / "a.png"}
+
+    evaluate(classifier.run, classifier.config, said.append, figures)
+    names = [name for name, *_ in recorder.calls]
+    assert names == ["start", "log", "figure", "summary", "finish"]
+    (_, numbers, step), (_, name, png) = recorder.calls[1:3]
+    assert (step, name, png) == (40, "reliability", tmp_path / "a.png")
+    assert numbers["eval/mc_accuracy"] == classifier.report["quality"]["mc"]["accuracy"]
+    assert {key.split("/")[0] for key in numbers} == {"eval", "calibration", "uncertainty", "ood"}
+    assert said[-1] == "finished."
+
+
+def test_the_headline_numbers_are_a_row_of_the_metrics(evaluated):
+    row = next(row for row in read_jsonl(evaluated.run.metrics) if "eval/mc_loss" in row)
+    assert row["step"] == 40
+    assert row["eval/mc_loss"] == evaluated.report["quality"]["mc"]["loss"]
+
+
+# -- refusals and odd data -----------------------------------------------------------------------
+
+
+def test_a_run_without_a_model_is_refused(classifier, tmp_path):
+    with pytest.raises(RunFolderError, match="training has not finished. Train it first"):
+        evaluate(RunFolder(tmp_path), classifier.config)
+
+
+def test_what_the_training_settled_cannot_be_changed(classifier):
+    dropout = classifier.config.dropout.model_copy(update={"hidden": 0.5, "strict": False})
+    config = classifier.config.model_copy(update={"dropout": dropout})
+    with pytest.raises(ConfigError, match=r"dropout\.hidden: 0\.1 -> 0\.5: settled") as caught:
+        evaluate(classifier.run, config)
+    assert len(caught.value.problems) == 1
+
+
+def test_more_neighbours_than_rows_are_refused_before_anything_runs(classifier):
+    said = []
+    with pytest.raises(DataError, match="neighbour 31, but there are 30 training rows"):
+        evaluate(classifier.run, changed(classifier.config, knn_neighbours=31), said.append)
+    assert said == []
+
+
+def test_one_row_of_one_class_is_enough_to_validate_and_test(classifier):
+    data = classifier.config.data.model_copy(
+        update={"validation_split": "validation[:1]", "test_split": "test[:1]", "ood": {}}
+    )
+    report = evaluate(classifier.run, classifier.config.model_copy(update={"data": data}))
+    assert report["num_samples"]["validation"] == report["num_samples"]["test"] == 1
+    assert report["ood"] == {}
+    assert set(report["uncertainty"]["error_auroc"].values()) == {None}
+    assert "nothing can be said" in " ".join(report["verdict"])
