@@ -8,6 +8,7 @@ from typing import Any
 from pipeline.config.load import load_config
 from pipeline.dropout.plan import DropoutPlan
 from pipeline.errors import RunFolderError
+from pipeline.library_output import without_bars
 from pipeline.model import load_trained
 from pipeline.records import RunFolder
 from pipeline.tokenizer import load_tokenizer
@@ -33,7 +34,8 @@ def export(run: RunFolder, output: Path) -> Path:
         model = model.merge_and_unload()
     unfinished = output.with_name(f".{output.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
-    model.save_pretrained(unfinished)
+    with without_bars():
+        model.save_pretrained(unfinished)
     tokenizer.save_pretrained(unfinished)
     if output.exists():
         output.rmdir()

@@ -37,26 +37,35 @@ def without_old_names() -> Iterator[None]:
 
 
 @contextmanager
+def without_bars() -> Iterator[None]:
+    """No bar of transformers over the weights that are read or written; those of downloads stay."""
+    from transformers.utils import logging as library
+
+    previous = library.set_tqdm_hook(_no_bar)
+    try:
+        yield
+    finally:
+        library.set_tqdm_hook(previous)
+
+
+@contextmanager
 def without_load_report() -> Iterator[None]:
     """No bar over the weights, and no table of new ones: the caller says what is unexpected.
 
-    When loading fails, the table is shown: the error refers to it. Bars of downloads stay.
+    When loading fails, the table is shown: the error refers to it.
     """
-    from transformers.utils import logging as library
-
     held: list[tuple[logging.Logger, logging.LogRecord]] = []
     filters = {logging.getLogger(name): _Holding(held) for name in _REPORTING_LOGGERS}
     for logger, one in filters.items():
         logger.addFilter(one)
-    previous = library.set_tqdm_hook(_no_bar)
     try:
-        yield
+        with without_bars():
+            yield
     except BaseException:
         for logger, record in held:
             logger.callHandlers(record)
         raise
     finally:
-        library.set_tqdm_hook(previous)
         for logger, one in filters.items():
             logger.removeFilter(one)
 

@@ -183,7 +183,7 @@ def fit_to_tokenizer(
     Raises:
         ModelError: the tokenizer has more tokens than the model.
     """
-    vocab_size = hf_config.get_text_config().vocab_size
+    vocab_size = getattr(hf_config.get_text_config(), "vocab_size", 0)
     if tokenizer is None:
         padding = getattr(hf_config, "pad_token_id", None)
         hf_config.pad_token_id = padding if padding is not None and padding < vocab_size else 0

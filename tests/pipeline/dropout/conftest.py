@@ -57,7 +57,7 @@ ConfigOf = Callable[..., RunConfig]
 
 @pytest.fixture
 def config_of(tmp_path) -> ConfigOf:
-    """Makes the configuration of a small model: from scratch, or saved where an adapter needs it."""
+    """Makes the configuration of a small model: from scratch, or saved for an adapter."""
 
     def make(model_type: str, dropout: dict[str, Any] | None = None, **sections: Any) -> RunConfig:
         task, overrides = SMALL[model_type]
@@ -89,13 +89,11 @@ class Bound:
         self.model = build_model(config, None, self.plan) if model is None else model
         self.keyed = KeyedDropout(self.model, self.plan, config.seed)
 
-    def logits(
-        self, purpose: str = "mc", index: Any = 0, row_ids: Any = None, **batch: Any
-    ) -> Tensor:
+    def logits(self, index: Any = 0, row_ids: Any = None, **batch: Any) -> Tensor:
         """The logits of a pass in evaluation mode, under its masks."""
         self.model.eval()
         ids = torch.arange(len(batch["input_ids"])) + 70 if row_ids is None else row_ids
-        context = self.keyed.context(purpose=purpose, index=index, row_ids=torch.as_tensor(ids))
+        context = self.keyed.context(purpose="mc", index=index, row_ids=torch.as_tensor(ids))
         with torch.no_grad(), context:
             return self.model(**batch).logits
 
