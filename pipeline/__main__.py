@@ -4,6 +4,7 @@ Stages are imported inside their command, so that `masklock --help` answers at o
 """
 
 import contextlib
+import functools
 import importlib.util
 import json
 import logging
@@ -120,6 +121,27 @@ def export(
     from pipeline.export import export as stage
 
     _say(str(stage(folder, output)))
+
+
+@app.command("verify-sync")
+def verify_sync(
+    config: Config,
+    overrides: Overrides = None,
+    layouts: Annotated[
+        str | None, typer.Option(help="Comma-separated, such as ddp:2,accumulate:4,resume:1-2.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Run the same steps as several layouts; compare masks, order and weights (exit 1: differ)."""
+    loaded = _load(config, overrides)
+    from pipeline.verify.layouts import DEFAULT, parse_layouts
+    from pipeline.verify.stage import verify_sync as stage
+
+    say = functools.partial(typer.echo, err=True) if as_json else _say
+    outcomes = stage(loaded, parse_layouts(layouts or DEFAULT), say)
+    if as_json:
+        _say(_json({"layouts": [outcome.to_json() for outcome in outcomes]}))
+    raise typer.Exit(0 if all(outcome.equal for outcome in outcomes) else 1)
 
 
 @app.command()

@@ -29,6 +29,8 @@ from pipeline.trainer import LockedTrainer, running_layout, use_one_device
 STOPPED = 75
 logger = logging.getLogger(__name__)
 Say = Callable[[str], None]
+Instrument = Callable[[LockedTrainer], None]
+"""Looks into, or changes, a trainer that is ready to start; for measuring and proving."""
 
 # A run may go on with other values of these: they change neither masks nor order nor the objective.
 FREE_SECTIONS = ("output_dir", "wandb", "evaluation")
@@ -70,11 +72,12 @@ class Parts:
         }
 
 
-def train(config: RunConfig, say: Say = logger.info) -> int:
+def train(config: RunConfig, say: Say = logger.info, instrument: Instrument | None = None) -> int:
     """Train, or go on training, the run that this configuration describes.
 
     Args:
         say: receives the few sentences a user should read.
+        instrument: is given the trainer before it starts.
 
     Returns:
         0 when the run is complete, 75 when a signal stopped it after a save.
@@ -93,7 +96,7 @@ def train(config: RunConfig, say: Say = logger.info) -> int:
     write_description(parts)
     tracker = open_tracker(config, run, parallel.is_main())
     try:
-        return fit_and_save(parts, keyed, tracker)
+        return fit_and_save(parts, keyed, tracker, instrument)
     finally:
         say(tracker.finish())
         keyed.release()
@@ -205,12 +208,16 @@ def write_description(parts: Parts) -> None:
     parallel.barrier()
 
 
-def fit_and_save(parts: Parts, keyed: KeyedDropout, tracker: Tracker) -> int:
+def fit_and_save(
+    parts: Parts, keyed: KeyedDropout, tracker: Tracker, instrument: Instrument | None = None
+) -> int:
     """Train under the ears of the signal handler; save the model unless the run was stopped."""
     tracker.start(parts.config.model_dump(mode="json"), parts.config.name)
     tracker.rewind(checkpoint.step_of(parts.found) or 0 if parts.found else 0)
     stop = StopPolitely(parts.say)
     trainer = make_trainer(parts, keyed, tracker, stop)
+    if instrument is not None:
+        instrument(trainer)
     with stop.listening():
         trainer.run_from(parts.found)
     if stop.has_stopped:

@@ -20,7 +20,10 @@ from pipeline.dropout.plan import DropoutPlan
 from pipeline.dropout.positions import StackInputs, is_stack
 from pipeline.errors import DropoutError, LeakError
 
-__all__ = ["ActiveMasks", "KeyedDropout"]
+__all__ = ["ActiveMasks", "KeyedDropout", "Observer"]
+
+Observer = Callable[[SiteMask, ActiveMasks, Tensor, Tensor], None]
+"""Told of every draw before it happens: site, coordinates in force, key, tensor."""
 
 
 class KeyedDropout:
@@ -37,6 +40,7 @@ class KeyedDropout:
 
     def __init__(self, model: nn.Module, plan: DropoutPlan, seed: int) -> None:
         self.model, self.plan, self.seed = model, plan, seed
+        self.observer: Observer | None = None
         self._local = threading.local()
         self._names = doors.site_names(model)
         _check(plan, self._names)
@@ -70,7 +74,7 @@ class KeyedDropout:
             row_ids: int64 `[B]`, stable sample ids (`[B, T]` for packed rows).
         """
         doors.wrap_checkpointing(self._checkpointed, self._segment)
-        active = ActiveMasks(self._keys(purpose, index), row_ids)
+        active = ActiveMasks(self._keys(purpose, index), row_ids, index)
         with self._pushed(active):
             yield active
 
@@ -187,6 +191,8 @@ class KeyedDropout:
                 "captured. Use the model's own checkpointing (train.gradient_checkpointing)."
             )
         active.drawn.add(key)
+        if self.observer is not None:
+            self.observer(mask, active, active.keys[key], x)
         return mask.apply(active, active.keys[key], x)
 
     def _without_context(self, site: str, x: Tensor, rate: float) -> Tensor:

@@ -4,6 +4,7 @@ What arrives here has been decided before: which site, which call, which rate. W
 masked tensor, the same for a sample whatever batch, padding or process it came in.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -28,6 +29,8 @@ class ActiveMasks:
     """Key of every site in force, int64 `[1]`, or `[B]` when rows belong to several passes."""
     row_ids: Tensor
     """int64 `[B]`, or `[B, T]` for packed rows."""
+    index: int | Sequence[int]
+    """Optimizer step or Monte-Carlo pass; one number, or one a row."""
     counters: dict[tuple[str, str], int] = field(default_factory=dict)
     stacks: dict[str, StackInputs] = field(default_factory=dict)
     drawn: set[SiteCall] = field(default_factory=set)
@@ -90,6 +93,11 @@ class SiteMask:
             )
         is_attention = self.variant.kernel == "attention"
         return (self._attention if is_attention else self._rows)(active, key, x)
+
+    def attended(self, active: ActiveMasks) -> Tensor | None:
+        """Which tokens of the stack around the site are no padding, `[B, T]`; None: all of them."""
+        inputs = self._stack(active)
+        return None if inputs is None else inputs.attention_mask
 
     def _rows(self, active: ActiveMasks, key: Tensor, x: Tensor) -> Tensor:
         B, D = active.row_ids.shape[0], x.shape[-1]

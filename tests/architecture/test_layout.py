@@ -41,6 +41,7 @@ FLOORS = {
     "pipeline.train": 5,
     "pipeline.evaluation": 5,
     "pipeline.check": 6,
+    "pipeline.verify": 6,
     "pipeline.export": 6,
     "pipeline.doctor": 6,
     "pipeline.quickstart": 7,

@@ -1,0 +1,128 @@
+"""The plain loop that every layout is compared with: one unpadded sample at a time, torch's AdamW.
+
+No Trainer, no accelerate, no collator's padding, no loss function of ours.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import get_scheduler
+from transformers.trainer_pt_utils import get_parameter_names
+
+from pipeline.config.schema import RunConfig
+from pipeline.data import TrainingStream
+from pipeline.dropout.context import KeyedDropout
+from pipeline.train import Parts
+from pipeline.verify.compare import Record
+from pipeline.verify.probe import Probe
+
+NO_DECAY = ["bias", "layernorm", "rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
+
+
+def run_by_hand(parts: Parts, num_steps: int) -> Record:
+    """The first steps of a run, by hand.
+
+    Args:
+        parts: data, model and plan, as training prepares them.
+        num_steps: optimizer steps.
+    """
+    config, model, probe = parts.config, parts.model.train(), Probe()
+    keyed = KeyedDropout(model, parts.plan, config.seed)
+    keyed.observer = probe.observe
+    size = config.train.global_batch_size
+    stream = TrainingStream(parts.data.train, config.seed, num_steps, size)
+    optimizer = adamw(model, config)
+    schedule = scheduler(optimizer, config, num_steps)
+    losses = {}
+    for step in range(num_steps):
+        rows = [stream[k] for k in range(step * size, (step + 1) * size)]
+        losses[str(step + 1)] = one_step(model, keyed, rows, step)
+        if config.train.max_grad_norm:
+            nn.utils.clip_grad_norm_(model.parameters(), config.train.max_grad_norm)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    keyed.release()
+    return Record(probe.masks, probe.changed, losses, trained_weights(model))
+
+
+def one_step(model: nn.Module, keyed: KeyedDropout, rows: list[dict], step: int) -> float:
+    """Gradients of the mean loss over all items of a step; returns the loss."""
+    items = sum(num_items(row) for row in rows)
+    total = 0.0
+    for row in rows:
+        ids = torch.tensor([row["sample_id"]])
+        with keyed.context(purpose="train", index=step, row_ids=ids):
+            logits = model(**inputs_of(row)).logits
+            loss = summed_loss(logits, row) / items
+            loss.backward()
+        total += float(loss.detach())
+    return total
+
+
+def inputs_of(row: dict) -> dict[str, Tensor]:
+    """The model's arguments for one row, without padding."""
+    names = ("input_ids", "attention_mask", "token_type_ids")
+    given = {name: torch.tensor([row[name]]) for name in names if name in row}
+    return {"attention_mask": torch.ones_like(given["input_ids"]), **given}
+
+
+def num_items(row: dict) -> int:
+    """What the loss is a mean over: one label, or the predicted tokens."""
+    return 1 if "labels" in row else len(row["input_ids"]) - 1
+
+
+def summed_loss(logits: Tensor, row: dict) -> Tensor:
+    """Cross entropy of the label, or of every token after the first."""
+    if "labels" in row:
+        return nn.functional.cross_entropy(logits.float(), torch.tensor([row["labels"]]))
+    targets = torch.tensor(row["input_ids"][1:])
+    return nn.functional.cross_entropy(logits[0, :-1].float(), targets, reduction="sum")
+
+
+def adamw(model: nn.Module, config: RunConfig) -> torch.optim.Optimizer:
+    """AdamW as the Trainer sets it up: no decay on biases and norms."""
+    train = config.train
+    decayed = set(get_parameter_names(model, [nn.LayerNorm], NO_DECAY))
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for n, p in named if n in decayed], "weight_decay": train.weight_decay},
+        {"params": [p for n, p in named if n not in decayed], "weight_decay": 0.0},
+    ]
+    betas = (train.adam_beta1, train.adam_beta2)
+    return torch.optim.AdamW(groups, lr=train.learning_rate, betas=betas, eps=train.adam_epsilon)
+
+
+def scheduler(
+    optimizer: torch.optim.Optimizer, config: RunConfig, num_steps: int
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """The run's learning rate schedule."""
+    warmup = config.train.warmup_steps
+    steps = int(warmup) if warmup >= 1 else -int(-warmup * num_steps // 1)
+    return get_scheduler(
+        config.train.lr_scheduler_type,
+        optimizer,
+        num_warmup_steps=steps,
+        num_training_steps=num_steps,
+        scheduler_specific_kwargs=config.train.lr_scheduler_kwargs,
+    )
+
+
+def trained_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Weights as the run would save them: of the adapter, or all."""
+    if hasattr(model, "peft_config"):
+        from peft import get_peft_model_state_dict
+
+        return {k: v.detach().clone() for k, v in get_peft_model_state_dict(model).items()}
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def saved_weights(folder: Path) -> dict[str, Tensor]:
+    """Weights that a run saved in its `model/` folder."""
+    from safetensors.torch import load_file
+
+    weights: dict[str, Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        weights |= load_file(file)
+    return weights
