@@ -21,6 +21,7 @@ from pipeline.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG_FILE = "config.yaml"
+PRESETS = ("accelerate", "deepspeed", "monitoring")  # folders of YAML for others than a run
 EMPTY = "the file is empty; start from one of the files in configs/"
 
 
@@ -179,24 +180,31 @@ def _find(source: Path) -> Path:
         raise ConfigError([f"is no run folder: it holds no {CONFIG_FILE}"], str(source))
     if file.exists():
         raise ConfigError(["is not a regular file"], str(source))
-    known = {path.stem: str(path) for path in _candidates(source)}
+    known: dict[str, str] = {}
+    for path in _candidates(source):
+        known.setdefault(path.stem, str(path))  # the nearest one of a name
     close = difflib.get_close_matches(source.stem, known, n=1)
     hint = f"; did you mean {known[close[0]]}?" if close else f"; there are: {_few(known.values())}"
     raise ConfigError([f"no such file or run folder{hint}"], str(source))
 
 
 def _few(paths: Iterable[str]) -> str:
-    return ", ".join(sorted(paths)[:8]) or "none nearby"
+    return ", ".join(list(paths)[:8]) or "none nearby"
 
 
 def _candidates(source: Path) -> Iterator[Path]:
     """Configurations and run folders near the place asked for, then those in `configs/`."""
     parent = next((parent for parent in source.parents if parent.is_dir()), Path())
+    yield from sorted(path.parent for path in parent.glob(f"*/{CONFIG_FILE}"))
     for pattern in ("*.yaml", "*.yml", "*/*.yaml"):
-        yield from (path for path in parent.glob(pattern) if path.name != CONFIG_FILE)
-    yield from (path.parent for path in parent.glob(f"*/{CONFIG_FILE}"))
-    for path in (ROOT / "configs").glob("*/*.yaml"):
-        yield path.relative_to(ROOT) if Path.cwd() == ROOT else path
+        yield from sorted(path for path in parent.glob(pattern) if _may_be_run(path))
+    for path in sorted((ROOT / "configs").glob("*/*.yaml")):
+        if _may_be_run(path):
+            yield path.relative_to(ROOT) if Path.cwd() == ROOT else path
+
+
+def _may_be_run(path: Path) -> bool:
+    return path.name != CONFIG_FILE and path.parent.name not in PRESETS
 
 
 def _read(file: Path) -> str:

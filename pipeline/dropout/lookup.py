@@ -3,6 +3,7 @@
 It draws by the kernels alone, so it also checks what a training or an evaluation drew.
 """
 
+import difflib
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -54,9 +55,11 @@ def mask_of_run(
 def _find(plan: DropoutPlan, name: str) -> Site:
     found = [s for s in plan.in_force() if name in (s.site, f"{s.site}#{s.call}")]
     if not found:
-        live = ", ".join(f"{s.site}#{s.call}" for s in plan.in_force()[:5])
+        live = [f"{s.site}#{s.call}" for s in plan.in_force()]
+        near = difflib.get_close_matches(name, live, n=3) or live[:3]
         raise DropoutError(
-            f"No site {name!r} is in force in this run's plan. The first of those that are: {live}."
+            f"No site {name!r} is in force in this run's plan. {len(live)} are: {', '.join(near)}, "
+            "... (`masklock plan RUN` lists them)."
         )
     if len(found) > 1:
         calls = ", ".join(f"{s.site}#{s.call} ({s.role})" for s in found)
