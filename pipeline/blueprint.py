@@ -5,6 +5,7 @@ no weight is read, so that a plan costs a fraction of a second.
 """
 
 import copy
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,7 +19,7 @@ from pipeline.dropout.doors import site_names
 from pipeline.dropout.plan import Blueprint
 from pipeline.dropout.sites import ROLE_OF_ATTRIBUTE
 from pipeline.errors import ModelError
-from pipeline.model_config import auto_class, set_rates
+from pipeline.model_config import auto_class, modelling_source, set_rates
 
 _LARGEST_CPU_TRACE = 1_500_000_000
 
@@ -61,6 +62,7 @@ def blueprint_of(config: RunConfig, hf_config: PreTrainedConfig) -> Blueprint:
     Raises:
         ModelError: the model cannot be built or traced as configured.
     """
+    _check_direction(config, hf_config)
     fields = _rate_fields(config, hf_config)
     skeleton = _skeleton(config, hf_config, fields, "meta")
     _check_length(config, hf_config, skeleton)
@@ -111,6 +113,18 @@ def _check_attention(config: RunConfig, hf_config: PreTrainedConfig) -> None:
             f"model.attn_implementation is {asked}, which {hf_config.model_type} cannot use here: "
             f"{first_line}. Leave it out, or use eager or sdpa."
         ) from error
+
+
+def _check_direction(config: RunConfig, hf_config: PreTrainedConfig) -> None:
+    """A BERT reads in both directions unless told otherwise: it would see what it is to predict."""
+    if config.model.task != "text-generation" or getattr(hf_config, "is_decoder", True):
+        return
+    if re.search(r"not (self\.)?config\.is_decoder", modelling_source(config, hf_config)):
+        raise ModelError(
+            f"{hf_config.model_type} reads text in both directions: in text-generation it would "
+            "see the words it is to predict. Set model.config_overrides.is_decoder to true, or "
+            "choose a causal model, such as gpt2, llama or qwen3."
+        )
 
 
 def _skeleton(

@@ -165,14 +165,19 @@ def _check_overrides(config: RunConfig, hf_config: PreTrainedConfig) -> None:
 
 def _is_read(name: str, config: RunConfig, hf_config: PreTrainedConfig) -> bool:
     """Whether the modelling file reads a field that has no default (DeBERTa's position_buckets)."""
-    try:
-        model_class = auto_class(config)._model_mapping[type(hf_config)]
-    except KeyError:
-        return False
-    source = inspect.getsource(sys.modules[model_class.__module__])
+    source = modelling_source(config, hf_config)
     return (
         re.search(rf"config\.{re.escape(name)}\b|config, .{re.escape(name)}.", source) is not None
     )
+
+
+def modelling_source(config: RunConfig, hf_config: PreTrainedConfig) -> str:
+    """The text of the file that defines the model; empty where the model has no class here."""
+    try:
+        model_class = auto_class(config)._model_mapping[type(hf_config)]
+    except KeyError:
+        return ""
+    return inspect.getsource(sys.modules[model_class.__module__])
 
 
 def fit_to_tokenizer(

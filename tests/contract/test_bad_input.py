@@ -109,6 +109,10 @@ SETTINGS: dict[str, tuple[list[str], list[str]]] = {
         ["model.attn_implementation=sdp", "dropout.attention=0"],
         ["sdp, which bert cannot use", "eager or sdpa"],
     ),
+    "a model that reads in both directions": (
+        ["model.task=text-generation"],
+        ["bert reads text in both directions", "is_decoder to true", "causal model"],
+    ),
     "a rate that reaches no site": (
         ["dropout.activation=0.1"],
         ["dropout.activation is 0.1", "no activation dropout", "it has: attention"],
