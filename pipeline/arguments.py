@@ -3,7 +3,8 @@
 import math
 from typing import Any
 
-from transformers import TrainingArguments
+import torch
+from transformers import SchedulerType, Trainer, TrainingArguments, get_scheduler
 
 from pipeline.config.installed import installed_problems
 from pipeline.config.schema import RunConfig, TrainConfig
@@ -114,6 +115,31 @@ def check_metric(train: TrainConfig, metric_names: tuple[str, ...]) -> None:
         raise ConfigError(
             [f"train.metric_for_best_model: {name!r} is not one of {_listed(metric_names)}"]
         )
+
+
+def check_optimizer(args: TrainingArguments) -> None:
+    """Optimizer and schedule can be made here: their package is there, their arguments fit.
+
+    Raises:
+        ConfigError: what the Trainer would otherwise say after the first files are written.
+    """
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], lr=args.learning_rate)
+    schedule = SchedulerType(args.lr_scheduler_type).value
+    given: Any = args.lr_scheduler_kwargs
+    problems = []
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(args)
+    except ImportError as error:
+        problems.append(f"train.optim: {error}")
+    except ValueError:  # some need the model itself: theirs to judge
+        pass
+    try:
+        get_scheduler(schedule, optimizer, 0, 2, scheduler_specific_kwargs=given)
+    except (TypeError, ValueError) as error:
+        problems.append(f"train.lr_scheduler_kwargs: {schedule} refuses {given or 'none'}: {error}")
+    if problems:
+        raise ConfigError(problems)
 
 
 def _recompute(train: TrainConfig) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from pipeline.arguments import check_metric, num_steps, training_arguments
+from pipeline.arguments import check_metric, check_optimizer, num_steps, training_arguments
 from pipeline.config.schema import RunConfig
 from pipeline.data import RawData, load_raw
 from pipeline.dropout.plan import DropoutPlan
@@ -28,7 +28,7 @@ def check(config: RunConfig) -> list[str]:
     problems: list[str] = []
     folder = str(Path(config.output_dir) / config.name)
     modality = MODALITIES[config.model.task]
-    _attempt(problems, lambda: training_arguments(config, folder, 1))
+    _attempt(problems, lambda: check_optimizer(training_arguments(config, folder, 1)))
     _attempt(problems, lambda: check_metric(config.train, modality.metric_names))
     _attempt(problems, lambda: check_folder(RunFolder(Path(folder)), config))
     raw = _attempt(problems, lambda: load_raw(config))

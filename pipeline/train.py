@@ -11,7 +11,7 @@ from typing import Any
 from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, TrainingArguments
 
 from pipeline import checkpoint, parallel
-from pipeline.arguments import check_metric, set_horizon, training_arguments
+from pipeline.arguments import check_metric, check_optimizer, set_horizon, training_arguments
 from pipeline.callbacks import Meter, ShowProgress, StopPolitely, TrackMetrics
 from pipeline.config.load import config_diff, config_hash, dump_config, load_config
 from pipeline.config.schema import RunConfig
@@ -153,6 +153,7 @@ def as_before(before: RunConfig, config: RunConfig) -> RunConfig:
 def prepare(config: RunConfig, run: RunFolder, args: TrainingArguments, say: Say) -> Parts:
     """Data, tokenizer, plan, model and the checkpoint to go on from: every check, no write."""
     check_metric(config.train, MODALITIES[config.model.task].metric_names)
+    check_optimizer(args)
     with parallel.main_first():
         raw = load_raw(config)
         tokenizer = load_tokenizer(config, raw.train[config.data.text_column_name])

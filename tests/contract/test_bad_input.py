@@ -146,6 +146,18 @@ SETTINGS: dict[str, tuple[list[str], list[str]]] = {
         ["holds no config.yaml", "not a run", "delete the folder"],
     ),
     "a file in place of the run folder": (["output_dir=good.yaml"], ["good.yaml is a file"]),
+    "an optimizer whose package is missing": (
+        ["train.optim=lomo"],
+        ["train.optim", "lomo_optim", "pip install"],
+    ),
+    "a schedule that lacks an argument": (
+        ["train.lr_scheduler_type=cosine_with_min_lr"],
+        ["train.lr_scheduler_kwargs", "cosine_with_min_lr", "min_lr"],
+    ),
+    "an argument that the schedule lacks": (
+        ["train.lr_scheduler_kwargs={foo: 1}"],
+        ["train.lr_scheduler_kwargs", "linear refuses", "foo"],
+    ),
     "several at once": (
         ["data.text_column_name=b", "data.max_length=64", "train.metric_for_best_model=f7"],
         ["'f7' is not one of loss", "train split: there is no column 'b'", "at most 32"],
@@ -160,6 +172,7 @@ ALSO_IN_TRAINING = [
     "a sequence longer than the model allows",
     "an attention that cannot do the rate",
     "weights with another sha256",
+    "an argument that the schedule lacks",
     "a run folder of another configuration",
     "a file in place of the run folder",
 ]
