@@ -8,12 +8,13 @@ a uint64), positions int64 below 2**32, thresholds int32 or int64 in 0 .. 65536,
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from pipeline.dropout.kernels import cpu, reference
+from pipeline.dropout.kernels import cpu, gpu, operators, reference
+from pipeline.dropout.kernels.self_test import Kernel
 from pipeline.errors import DropoutError
 
 MAX_HEADS = 1 << 12
@@ -21,26 +22,22 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _ROW_TENSORS = ("keys", "row_ids", "positions", "thresholds", "scales")
 
 
-class Kernel(Protocol):
-    """What every kernel offers; per_row are the five tensors above, `[B, M]` or `[B, Q]`."""
-
-    def rows(self, x: Tensor, per_row: tuple[Tensor, ...], group: int) -> Tensor: ...
-
-    def attention(
-        self, x: Tensor, per_row: tuple[Tensor, ...], columns: Tensor, head_offset: int
-    ) -> Tensor: ...
-
-
-def active(device: str = "cpu") -> Kernel:
-    """The kernel that serves this type of device."""
-    library = cpu.library() if device == "cpu" else None
-    return library or reference
+def active(device: torch.device | str = "cpu") -> Kernel:
+    """The kernel that serves this device; each is tested when it is first asked for."""
+    kind = device if isinstance(device, str) else device.type
+    if kind == "cpu":
+        return cpu.library() or reference
+    if kind.startswith("cuda"):
+        return gpu.kernel(torch.device(device)) or reference
+    return reference
 
 
-def active_kernel() -> str:
-    """Which kernel masks CPU tensors: `cpp (avx512)`, `cpp (avx2)`, `cpp (default)` or `numpy`."""
-    library = cpu.library()
-    return f"cpp ({library.instructions})" if library else "numpy"
+def active_kernel(device: torch.device | str = "cpu") -> str:
+    """Its name: `cpp (avx512)`, `cpp (avx2)`, `cpp (default)`, `triton` or `numpy`."""
+    kernel = active(device)
+    if isinstance(kernel, cpu.Library):
+        return f"cpp ({kernel.instructions})"
+    return "triton" if isinstance(kernel, gpu.TritonMasks) else "numpy"
 
 
 def rows(
@@ -61,7 +58,7 @@ def rows(
     per_row = _per_row(x, x.shape[:2], (keys, row_ids, positions, thresholds, scales))
     if x.is_meta:
         return torch.empty_like(x)
-    return active(x.device.type).rows(x, per_row, group)
+    return active(x.device).rows(x, per_row, group)
 
 
 def attention(
@@ -91,7 +88,11 @@ def attention(
     columns = _broadcast("key_positions", key_positions, (num_samples, num_keys), x)
     if x.is_meta:
         return torch.empty_like(x)
-    return active(x.device.type).attention(x, per_row, columns, head_offset)
+    return active(x.device).attention(x, per_row, columns, head_offset)
+
+
+_rows_operator = operators.define("rows", rows)
+_attention_operator = operators.define("attention", attention)
 
 
 def keyed_rows(
@@ -105,6 +106,8 @@ def keyed_rows(
 ) -> Tensor:
     """`rows`, with a gradient of any order."""
     tensors = (keys, row_ids, positions, thresholds, scales)
+    if torch.compiler.is_compiling():
+        return _rows_operator(x, *tensors, group)
     return _keyed(rows, x, tensors, group)
 
 
@@ -120,6 +123,8 @@ def keyed_attention(
 ) -> Tensor:
     """`attention`, with a gradient of any order."""
     tensors = (keys, row_ids, query_positions, key_positions, thresholds, scales)
+    if torch.compiler.is_compiling():
+        return _attention_operator(x, *tensors, head_offset)
     return _keyed(attention, x, tensors, head_offset)
 
 
