@@ -90,7 +90,7 @@ def test_inserted_sites_draw_once_on_the_output_whatever_wraps_it():
             self.base_layer = base_layer
 
         def forward(self, x):
-            return self.base_layer(x), "cache"
+            return 10 * self.base_layer(x), "cache"
 
     model = nn.ModuleDict({"mlp": Wrapper(nn.Identity())})
     log = Log()
