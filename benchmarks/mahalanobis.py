@@ -4,11 +4,10 @@ Run: python benchmarks/mahalanobis.py [--threads N]. Both are timed alternately,
 """
 
 import argparse
-import time
-from collections.abc import Callable
 from statistics import median
 
 import torch
+from _timing import wall_seconds
 from torch import Tensor
 
 from pipeline.evaluation.ood.mahalanobis import Mahalanobis
@@ -23,12 +22,6 @@ def loop_score(rows_BD: Tensor, means_CD: Tensor, precision_DD: Tensor) -> Tenso
         difference = rows_BD - mean_D
         distances.append(((difference @ precision_DD) * difference).sum(dim=1))
     return torch.stack(distances, dim=1).amin(dim=1)
-
-
-def seconds(function: Callable[[], Tensor]) -> float:
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
 
 
 def main() -> None:
@@ -53,7 +46,10 @@ def main() -> None:
     reference = loop_score(rows, means, precision).double()
     error = ((ours.score(rows) - reference).abs() / reference).max().item()
     times = [
-        (seconds(lambda: ours.score(rows)), seconds(lambda: loop_score(rows, means, precision)))
+        (
+            wall_seconds(lambda: ours.score(rows)),
+            wall_seconds(lambda: loop_score(rows, means, precision)),
+        )
         for _ in range(NUM_REPEATS)
     ]
     fast, slow = (median(column) for column in zip(*times, strict=True))

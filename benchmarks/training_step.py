@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _timing import cpu_seconds
 from transformers import AutoConfig, AutoModelForSequenceClassification, Trainer, TrainingArguments
 
 from pipeline.callbacks import Meter
@@ -95,12 +96,6 @@ def compare(ours: Callable[[], Any], theirs: Callable[[], Any]) -> tuple[float, 
         mine.append(a)
         pairs.append(a / b)
     return statistics.median(mine), statistics.median(pairs)
-
-
-def cpu_seconds(step: Callable[[], Any]) -> float:
-    start = time.process_time()
-    step()
-    return time.process_time() - start
 
 
 def main() -> None:
