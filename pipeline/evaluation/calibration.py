@@ -151,10 +151,11 @@ def fit_temperature(probabilities: ArrayLike, labels: ArrayLike) -> float:
     found = minimize_scalar(
         loss, bounds=np.log(TEMPERATURE_BOUNDS), method="bounded", options={"xatol": 1e-6}
     )
+    # The first of equals: where all rows are right, the loss rounds to 0 before the search's end.
     candidates: Mapping[float, float] = {
         0.0: loss(0.0),
-        float(found.x): float(found.fun),
         **{float(end): loss(float(end)) for end in np.log(TEMPERATURE_BOUNDS)},
+        float(found.x): float(found.fun),
     }
     return float(np.exp(min(candidates, key=lambda log_t: candidates[log_t])))
 
