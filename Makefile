@@ -41,10 +41,12 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 # torch first and alone, so that pip's own configuration decides between a CPU and a GPU build.
+# A GPU build brings the triton it needs, which then takes the place of the tested one.
 $(VENV)/.torch: constraints.txt | $(BIN)/python
 	@echo 'Installing $(TORCH) ...'
 	@$(PIP) '$(TORCH)'
-	@sed 's/^torch==.*/$(TORCH)/' constraints.txt > $(VENV)/constraints.txt
+	@own=$$($(BIN)/python -c 'import triton' 2> /dev/null && echo '/^triton==/d'); \
+	sed -e 's/^torch==.*/$(TORCH)/' -e "$$own" constraints.txt > $(VENV)/constraints.txt
 	@touch $@
 
 $(VENV)/.demo: $(INSTALLED_FROM) $(VENV)/.torch

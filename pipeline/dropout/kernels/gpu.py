@@ -30,14 +30,14 @@ class TritonMasks:
         """Mask x `[B, M, D]`."""
         code, num_features = self._device_code, x.shape[2]
         if group >= num_features:
-            group = (num_features + 7) // 8 * 8  # the same masks, and one counter a block
+            group = max(8, -(-num_features // 8) * 8)  # the same masks, one counter a block
         if group == 1:
             lanes = code.FEATURES
         else:
             lanes = code.ODD_GROUPS if 8 % group and group % 8 else code.GROUPS
         if num_features > _MAX:
             return reference.rows(x, per_row, group)
-        return self._run(x[:, None], per_row, None, (max(group, 1), 0), lanes)[:, 0]
+        return self._run(x[:, None], per_row, None, (group, 0), lanes)[:, 0]
 
     def attention(
         self, x: Tensor, per_row: tuple[Tensor, ...], columns: Tensor, head_offset: int

@@ -171,8 +171,9 @@ def masked(
     to_y = y + (sample * y_0 + head.to(tl.int64) * y_1 + query * y_2)[:, None]
     value = tl.load(from_x + column[None, :], is_element)
     wide = tl.float64 if value.dtype == tl.float64 else tl.float32
-    product = (value.to(wide) * scale.to(wide)).to(value.dtype)
+    product = value.to(wide) * scale.to(wide)
     # Chosen, not multiplied: NaN times 0 is not 0.
     kept = tl.where(lanes.to(tl.int32) >= limit.to(tl.int32)[:, None], product, 0.0)
     # To refuse what means nothing the host would have to wait for the device: it is marked instead.
-    tl.store(to_y + column[None, :], tl.where(is_wrong, float("nan"), kept), is_element)
+    kept = tl.where(is_wrong, float("nan"), kept)
+    tl.store(to_y + column[None, :], kept.to(value.dtype), is_element)
