@@ -9,9 +9,8 @@ from pipeline.config.load import load_config
 from pipeline.dropout.plan import DropoutPlan
 from pipeline.errors import RunFolderError
 from pipeline.library_output import without_bars
-from pipeline.model import load_trained
 from pipeline.records import RunFolder
-from pipeline.tokenizer import load_tokenizer
+from pipeline.trained import trained_model, trained_tokenizer
 
 
 def export(run: RunFolder, output: Path) -> Path:
@@ -27,9 +26,8 @@ def export(run: RunFolder, output: Path) -> Path:
         raise RunFolderError(f"{output} {fault}; name a new folder to export to.")
     config = load_config(run.path)
     plan = DropoutPlan.read(run.plan)
-    own = config.model.model_copy(update={"tokenizer_name_or_path": str(run.model)})
-    tokenizer = load_tokenizer(config.model_copy(update={"model": own}), [])
-    model: Any = load_trained(run.model, config, _label_names(run), plan, tokenizer)
+    tokenizer = trained_tokenizer(run, config)
+    model: Any = trained_model(run, config, plan, tokenizer)
     if config.peft is not None:
         model = model.merge_and_unload()
     unfinished = output.with_name(f".{output.name}.unfinished")
@@ -42,9 +40,3 @@ def export(run: RunFolder, output: Path) -> Path:
     os.replace(unfinished, output)
     return output
 
-
-def _label_names(run: RunFolder) -> tuple[str, ...] | None:
-    """The class names as the evaluation found them in the data."""
-    from pipeline.data import load_raw
-
-    return load_raw(load_config(run.path)).label_names

@@ -39,6 +39,11 @@ class RunFolder:
         return self.path / "plan.json"
 
     @property
+    def labels(self) -> Path:
+        """Names of the classes, in the order of the model's outputs."""
+        return self.path / "labels.json"
+
+    @property
     def metrics(self) -> Path:
         """History of the training, one JSON object a line."""
         return self.path / "metrics.jsonl"

@@ -10,6 +10,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 
 from pipeline.config.load import config_diff, load_config
 from pipeline.config.schema import RunConfig
@@ -25,10 +26,10 @@ from pipeline.evaluation.predict import Predictor
 from pipeline.evaluation.samples import joined, samples_table
 from pipeline.evaluation.verdict import verdict
 from pipeline.modality.bundle import MODALITIES, chosen
-from pipeline.model import load_trained
+from pipeline.parallel import default_use_cpu
 from pipeline.records import RunFolder, read_jsonl, write_bytes, write_json
-from pipeline.tokenizer import load_tokenizer
 from pipeline.tracking import open_tracker
+from pipeline.trained import require_same_labels, trained_model, trained_tokenizer
 
 Say = Callable[[str], None]
 Figures = Callable[[RunFolder], Mapping[str, Path]]
@@ -88,10 +89,10 @@ def _read_plan(run: RunFolder, config: RunConfig) -> DropoutPlan:
 
 
 def _load(run: RunFolder, config: RunConfig, plan: DropoutPlan) -> tuple[PreparedData, Predictor]:
-    own_tokenizer = config.model.model_copy(update={"tokenizer_name_or_path": str(run.model)})
-    tokenizer = load_tokenizer(config.model_copy(update={"model": own_tokenizer}), [])
+    tokenizer = trained_tokenizer(run, config)
     data = prepare_data(config, load_raw(config), tokenizer)
-    model = load_trained(run.model, config, data.label_names, plan, tokenizer)
+    require_same_labels(run, data)
+    model = trained_model(run, config, plan, tokenizer).to(_device(config))
     keyed = KeyedDropout(model, plan, config.seed)
     passes = config.evaluation.num_mc_passes
     predictor = Predictor(
@@ -102,6 +103,12 @@ def _load(run: RunFolder, config: RunConfig, plan: DropoutPlan) -> tuple[Prepare
         has_classes=data.label_names is not None,
     )
     return data, predictor
+
+
+def _device(config: RunConfig) -> torch.device:
+    use_cpu = default_use_cpu() if config.train.use_cpu is None else config.train.use_cpu
+    accelerator = torch.accelerator.current_accelerator()
+    return torch.device("cpu") if use_cpu or accelerator is None else accelerator
 
 
 def _rows_to_fit(data: PreparedData, config: RunConfig) -> Any:

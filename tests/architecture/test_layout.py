@@ -33,6 +33,7 @@ FLOORS = {
     "pipeline.model": 4,
     "pipeline.model_config": 4,
     "pipeline.tokenizer": 4,
+    "pipeline.trained": 4,
     "pipeline.checkpoint": 4,
     "pipeline.arguments": 5,
     "pipeline.callbacks": 5,

@@ -31,6 +31,7 @@ def trained(run_config, pretrained, tmp_path):
                 parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
         write_text(run.config, dump_config(config))
         write_json(run.plan, plan.to_json())
+        write_json(run.labels, list(LABELS))
         model.save_pretrained(run.model)
         tokenizer.save_pretrained(run.model)
         return run, load_trained(run.model, config, LABELS, plan, tokenizer).eval()

@@ -86,6 +86,8 @@ def save_run(config):
     build_model(config, raw.label_names, plan, tokenizer).save_pretrained(run.model)
     tokenizer.save_pretrained(run.model)
     write_json(run.plan, plan.to_json())
+    if raw.label_names is not None:
+        write_json(run.labels, list(raw.label_names))
     run.config.write_text(dump_config(config))
     run.metrics.write_text('{"time": 1.0, "step": 40, "train/loss": 1.5}\n')
     return run
@@ -295,6 +297,16 @@ def test_the_headline_numbers_are_a_row_of_the_metrics(evaluated):
 def test_a_run_without_a_model_is_refused(classifier, tmp_path):
     with pytest.raises(RunFolderError, match="training has not finished. Train it first"):
         evaluate(RunFolder(tmp_path), classifier.config)
+
+
+def test_data_that_names_other_classes_is_refused(classifier):
+    trained = classifier.run.labels.read_text()
+    classifier.run.labels.write_text('["colour", "animal"]')
+    try:
+        with pytest.raises(RunFolderError, match="the same names in another order"):
+            evaluate(classifier.run, classifier.config)
+    finally:
+        classifier.run.labels.write_text(trained)
 
 
 def test_what_the_training_settled_cannot_be_changed(classifier):

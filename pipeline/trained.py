@@ -1,0 +1,53 @@
+"""What a finished training left for the stages after it: tokenizer, class names and model."""
+
+import json
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from pipeline.config.schema import RunConfig
+from pipeline.data import PreparedData
+from pipeline.dropout.plan import DropoutPlan
+from pipeline.errors import RunFolderError
+from pipeline.modality.bundle import LabelNames
+from pipeline.model import load_trained
+from pipeline.records import RunFolder
+from pipeline.tokenizer import load_tokenizer
+
+
+def trained_tokenizer(run: RunFolder, config: RunConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer that the training saved beside the weights."""
+    saved = config.model.model_copy(update={"tokenizer_name_or_path": str(run.model)})
+    return load_tokenizer(config.model_copy(update={"model": saved}), [])
+
+
+def trained_label_names(run: RunFolder) -> LabelNames:
+    """Names of the classes in the order of the model's outputs; None for tasks without classes."""
+    if not run.labels.is_file():
+        return None
+    return tuple(json.loads(run.labels.read_text(encoding="utf-8")))
+
+
+def trained_model(
+    run: RunFolder, config: RunConfig, plan: DropoutPlan, tokenizer: PreTrainedTokenizerBase
+) -> nn.Module:
+    """The model that the training saved, an adapter on its base."""
+    return load_trained(run.model, config, trained_label_names(run), plan, tokenizer)
+
+
+def require_same_labels(run: RunFolder, data: PreparedData) -> None:
+    """The rows must name the classes that the model was trained on: else classes would be swapped.
+
+    Raises:
+        RunFolderError: with the names on both sides that the other does not have, or their order.
+    """
+    trained, found = trained_label_names(run), data.label_names
+    if trained == found:
+        return
+    lost = sorted(set(trained or ()) - set(found or ()))[:5]
+    new = sorted(set(found or ()) - set(trained or ()))[:5]
+    difference = f"missing {lost}, new {new}" if lost or new else "the same names in another order"
+    raise RunFolderError(
+        f"The model of {run.path} was trained on {len(trained or ())} classes, the data now names "
+        f"{len(found or ())} ({difference}). Evaluate on data with the classes of the training."
+    )
