@@ -206,6 +206,8 @@ def write_description(parts: Parts) -> None:
     if parallel.is_main():
         write_text(parts.run.config, dump_config(parts.config))
         write_json(parts.run.plan, parts.plan.to_json())
+        if parts.data.label_names is not None:
+            write_json(parts.run.labels, list(parts.data.label_names))
     parallel.barrier()
 
 
