@@ -34,7 +34,7 @@ def _rate_fields(config: RunConfig, hf_config: PreTrainedConfig) -> dict[str, fl
             if name in ROLE_OF_ATTRIBUTE and is_rate and _takes_fractions(part, name):
                 fields[prefix + name] = value
     if config.peft is not None:
-        own = config.dropout.adapter
+        own = config.dropout.rates().get("adapter")
         given = (config.peft.model_extra or {}).get("lora_dropout", 0.0)
         if hasattr(peft_config_of(config), "lora_dropout"):
             fields["lora_dropout"] = own if own is not None else given

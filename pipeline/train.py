@@ -161,7 +161,7 @@ def prepare(config: RunConfig, run: RunFolder, args: TrainingArguments, say: Say
     for note in data.notes:
         say(note)
     set_horizon(args, config.train, len(data.train), has_validation=len(data.validation) > 0)
-    plan = plan_for(config, data.label_names, tokenizer)
+    plan = plan_for(config, data.label_names, tokenizer).for_steps(args.max_steps)
     found = find_checkpoint(run, plan, data, say)
     model = build_model(config, data.label_names, plan, tokenizer)
     if found is None:

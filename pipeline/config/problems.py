@@ -61,7 +61,8 @@ def known_keys(path: KeyPath) -> list[str]:
 def holds_plain_dict(path: KeyPath) -> bool:
     """Whether a path is a dict of the user's own keys (which may hold dots) and single values."""
     inner = _dict_value(annotation_at(path))
-    return inner is not None and inner is not Any and _model_of(inner) is None
+    is_plain = inner is not None and inner is not Any and _model_of(inner) is None
+    return is_plain and _dict_value(inner) is None
 
 
 def takes_any_key(path: KeyPath) -> bool:

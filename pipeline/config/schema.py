@@ -7,20 +7,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-Rate = Annotated[float, Field(ge=0.0, le=1.0)]
-PositiveInt = Annotated[int, Field(gt=0)]
+from pipeline.config.roles import PositiveInt, Rate, RoleDropout, Section
+
 NonNegativeInt = Annotated[int, Field(ge=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0.0)]
 Task = Literal["text-classification", "text-generation"]
-Variant = Literal["element", "channel", "token", "attention"]
-
-
-class Section(BaseModel):
-    """Base of every section: immutable, unknown keys refused."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, protected_namespaces=(), use_attribute_docstrings=True
-    )
 
 
 class ModelConfig(Section):
@@ -195,40 +186,53 @@ class PeftConfig(BaseModel):
 class InsertConfig(Section):
     """Dropout sites for models that have none there (Llama, Qwen, Gemma, Mistral)."""
 
-    embedding: Rate | None = None
+    embedding: RoleDropout | None = None
     """After the token embedding."""
-    hidden: Rate | None = None
+    hidden: RoleDropout | None = None
     """On the output of every attention and MLP block, before the residual sum."""
+
+    @model_validator(mode="after")
+    def _rates(self) -> "InsertConfig":
+        if bare := [role for role, given in self if given is not None and given.rate is None]:
+            raise ValueError(f"an inserted site has no rate of its own: give {bare[0]} a rate")
+        return self
 
 
 class DropoutConfig(Section):
-    """Rates by role. A role left out keeps the model's own rate; 0 switches it off."""
+    """Dropout by role: a rate, or a mapping such as `{rate: 0.1, variant: token, depth: linear}`.
 
-    embedding: Rate | None = None
-    attention: Rate | None = None
+    A role left out keeps the model's own rate; 0 switches it off.
+    """
+
+    embedding: RoleDropout | None = None
+    attention: RoleDropout | None = None
     """On attention probabilities; needs `attn_implementation: eager`, chosen by itself."""
-    hidden: Rate | None = None
+    hidden: RoleDropout | None = None
     """On the outputs of attention and feed-forward blocks."""
-    activation: Rate | None = None
+    activation: RoleDropout | None = None
     """Inside feed-forward blocks."""
-    head: Rate | None = None
+    head: RoleDropout | None = None
     """Before the classifier."""
-    adapter: Rate | None = None
+    adapter: RoleDropout | None = None
     """Inside adapters (`lora_dropout`)."""
     insert: InsertConfig = InsertConfig()
     """Sites added to models that lack them."""
     overrides: dict[str, Rate] = {}
     """Rates by `site` or `site#call` pattern (`*` matches), such as `{"*.layer.11.*": 0.2}`; the last match wins."""
-    variants: dict[str, Variant] = {}
-    """What a role drops: `element` (default), `channel` or `token`, such as `{hidden: token}`."""
+    domains: dict[str, dict[str, Rate]] = {}
+    """Rates by data domain and role, such as `{web: {hidden: 0.3}}`; needs `data.domain_column_name`."""
     strict: bool = True
     """Randomness outside the plan is an error; false: a warning."""
 
+    def by_role(self) -> dict[str, RoleDropout]:
+        """What is given for the model's own sites, by role."""
+        given = {name: getattr(self, name) for name in type(self).model_fields}
+        return {role: value for role, value in given.items() if isinstance(value, RoleDropout)}
+
     def rates(self) -> dict[str, float]:
         """The rates given, by role."""
-        roles = ("embedding", "attention", "hidden", "activation", "head", "adapter")
-        given = {role: getattr(self, role) for role in roles}
-        return {role: rate for role, rate in given.items() if rate is not None}
+        given = self.by_role().items()
+        return {role: value.rate for role, value in given if value.rate is not None}
 
 
 class EvaluationConfig(Section):

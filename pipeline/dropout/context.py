@@ -18,6 +18,7 @@ from pipeline.dropout.key import derive_keys, signed
 from pipeline.dropout.masks import ActiveMasks, SiteCall, SiteMask
 from pipeline.dropout.plan import DropoutPlan
 from pipeline.dropout.positions import StackInputs, is_stack
+from pipeline.dropout.schedules import Limits, done_at, limits_at
 from pipeline.errors import DropoutError, LeakError
 
 __all__ = ["ActiveMasks", "KeyedDropout", "Observer"]
@@ -63,7 +64,12 @@ class KeyedDropout:
 
     @contextmanager
     def context(
-        self, *, purpose: str, index: int | Sequence[int], row_ids: Tensor
+        self,
+        *,
+        purpose: str,
+        index: int | Sequence[int],
+        row_ids: Tensor,
+        domains: Tensor | None = None,
     ) -> Iterator[ActiveMasks]:
         """Draw masks for these rows until the block ends; covers forward and backward.
 
@@ -72,9 +78,11 @@ class KeyedDropout:
             index: optimizer step or Monte-Carlo pass; one number, or one a row (passes stacked on
                 the batch axis).
             row_ids: int64 `[B]`, stable sample ids (`[B, T]` for packed rows).
+            domains: int64 `[B]`, each row's place in the plan's domains, -1 for none of them.
         """
         doors.wrap_checkpointing(self._checkpointed, self._segment)
-        active = ActiveMasks(self._keys(purpose, index), row_ids, index)
+        limits = self._limits(purpose, index, domains)
+        active = ActiveMasks(self._keys(purpose, index), row_ids, index, limits)
         with self._pushed(active):
             yield active
 
@@ -155,6 +163,19 @@ class KeyedDropout:
         table = torch.tensor(by_index, dtype=torch.int64).T.reshape(len(sites), len(unique))
         place = torch.tensor([unique.index(i) for i in indices])
         return dict(zip(self._live, table[:, place], strict=True))
+
+    def _limits(
+        self, purpose: str, index: int | Sequence[int], domains: Tensor | None
+    ) -> dict[SiteCall, Limits]:
+        """Of the sites whose rate changes; only training makes progress."""
+        indices, plan = [index] if isinstance(index, int) else list(index), self.plan
+        limits = {}
+        for call, mask in self._live.items():
+            if mask.site.changes:
+                moves = purpose == "train" and mask.site.progress != "constant"
+                done = [done_at(i, plan.num_steps, mask.site.site) for i in indices * moves]
+                limits[call] = limits_at(mask.site, done or [1.0], plan.domains, domains)
+        return limits
 
     def _segment(self, body: doors.Body) -> doors.Body:
         """A checkpointed segment: first run as always, its recompute from the captured state."""

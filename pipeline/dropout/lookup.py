@@ -15,6 +15,7 @@ from pipeline.dropout.kernels import attention, rows
 from pipeline.dropout.key import derive_key, row_id, signed
 from pipeline.dropout.philox import scale, threshold
 from pipeline.dropout.plan import DropoutPlan
+from pipeline.dropout.schedules import done_at, rate_at
 from pipeline.dropout.sites import Site
 from pipeline.dropout.variants import find_variant
 from pipeline.errors import DropoutError
@@ -22,7 +23,13 @@ from pipeline.records import RunFolder
 
 
 def mask_of_run(
-    run: RunFolder, seed: int, index: int, site: str, sample: int, purpose: str
+    run: RunFolder,
+    seed: int,
+    index: int,
+    site: str,
+    sample: int,
+    purpose: str,
+    domain: str | None = None,
 ) -> dict[str, Any]:
     """The mask that a planned site draws for one sample, for the positions of the traced shape.
 
@@ -33,6 +40,7 @@ def mask_of_run(
         site: name of the site, `NAME` or `NAME#call`.
         sample: sample id.
         purpose: `train` or `mc`.
+        domain: the sample's data domain, where domains have rates of their own.
 
     Returns:
         The coordinates, the key, and `keep`: 1 where an element stays, nested as
@@ -40,13 +48,15 @@ def mask_of_run(
     """
     plan = DropoutPlan.read(run.plan)
     found = _find(plan, site)
+    rate = _rate(plan, found, index, purpose, domain)
     key = derive_key(seed, purpose, index, found.variant, found.site, found.call)
-    keep = _keep(found, key, sample)
+    keep = _keep(found, key, sample, rate)
     return {
         **_coordinates(found, seed, purpose, index, sample),
+        "rate": rate,
         "key": f"{key:016x}",
-        "threshold": threshold(found.rate),
-        "scale": scale(threshold(found.rate)),
+        "threshold": threshold(rate),
+        "scale": scale(threshold(rate)),
         "keep": keep.int().tolist(),
         "kept": int(keep.sum()),
     }
@@ -76,14 +86,19 @@ def _coordinates(site: Site, seed: int, purpose: str, index: int, sample: int) -
         "site": site.site,
         "call": site.call,
         "role": site.role,
-        "rate": site.rate,
         "sample_id": sample,
     }
 
 
-def _keep(site: Site, key: int, sample: int) -> Tensor:
+def _rate(plan: DropoutPlan, site: Site, index: int, purpose: str, domain: str | None) -> float:
+    moves = purpose == "train" and site.progress != "constant"
+    done = done_at(index, plan.num_steps, site.site) if moves else 1.0
+    return rate_at(site, domain, done)
+
+
+def _keep(site: Site, key: int, sample: int, rate: float) -> Tensor:
     key_row, sample_row = (torch.tensor([[signed(value)]]) for value in (key, row_id(sample)))
-    limits = torch.tensor([[threshold(site.rate)]]), torch.ones(1, 1)
+    limits = torch.tensor([[threshold(rate)]]), torch.ones(1, 1)
     variant = find_variant(site.variant)
     if variant.kernel == "attention":
         queries, keys = (torch.arange(size)[None] for size in site.shape[-2:])
@@ -92,5 +107,5 @@ def _keep(site: Site, key: int, sample: int) -> Tensor:
     *places, features = site.shape
     length = math.prod(places)
     positions = torch.tensor([[variant.position(place) for place in range(length)]])
-    ones, group = torch.ones(1, length, features), variant.group(features, 1)
+    ones, group = torch.ones(1, length, features), variant.group(features, site.block_size)
     return rows(ones, key_row, sample_row, positions, *limits, group)[0] > 0

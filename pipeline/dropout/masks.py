@@ -13,6 +13,7 @@ from torch import Tensor
 from pipeline.dropout.kernels import keyed_attention, keyed_rows
 from pipeline.dropout.philox import scale, threshold
 from pipeline.dropout.positions import StackInputs
+from pipeline.dropout.schedules import Limits
 from pipeline.dropout.sites import Site, is_cross_attention
 from pipeline.dropout.variants import SHARED_POSITION, find_variant
 from pipeline.errors import DropoutError
@@ -31,6 +32,8 @@ class ActiveMasks:
     """int64 `[B]`, or `[B, T]` for packed rows."""
     index: int | Sequence[int]
     """Optimizer step or Monte-Carlo pass; one number, or one a row."""
+    limits: dict[SiteCall, Limits] = field(default_factory=dict)
+    """Thresholds and scales of the sites whose rate is not the same for all rows and steps."""
     counters: dict[tuple[str, str], int] = field(default_factory=dict)
     stacks: dict[str, StackInputs] = field(default_factory=dict)
     drawn: set[SiteCall] = field(default_factory=set)
@@ -70,9 +73,9 @@ class SiteMask:
 
     def __init__(self, site: Site, stacks: tuple[str, ...]) -> None:
         self.site, self.stacks = site, stacks
+        self.call: SiteCall = (site.door, site.site, site.call)
         t = threshold(site.rate)
-        self.threshold = torch.tensor([[t]], dtype=torch.int64)
-        self.scale = torch.tensor([[scale(t)]], dtype=torch.float32)
+        self.limits: Limits = torch.tensor([[t]]), torch.tensor([[scale(t)]], dtype=torch.float32)
         self.variant = find_variant(site.variant)
         self.is_cross_attention = is_cross_attention(site.site)
         self.has_positions = len(site.shape) > 1
@@ -105,7 +108,9 @@ class SiteMask:
         M = x_BMD.shape[1]
         positions = self._positions(active, M, x.device).expand(B, M)
         per_row = self._per_row(active, key, positions, M, x.device)
-        return keyed_rows(x_BMD, *per_row, self.variant.group(D, 1)).view(x.shape)
+        return keyed_rows(x_BMD, *per_row, self.variant.group(D, self.site.block_size)).view(
+            x.shape
+        )
 
     def _attention(self, active: ActiveMasks, key: Tensor, x: Tensor) -> Tensor:
         B, (Q, K) = active.row_ids.shape[0], x.shape[-2:]
@@ -119,12 +124,13 @@ class SiteMask:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Keys, row ids, positions, thresholds and scales, each `[B, length]`."""
         shape = (active.row_ids.shape[0], length)
+        thresholds, scales = active.limits.get(self.call, self.limits)
         return (
             key.to(device)[:, None].expand(shape),
             _by_position(active.row_ids.to(device), length),
             positions,
-            self.threshold.to(device).expand(shape),
-            self.scale.to(device).expand(shape),
+            thresholds.to(device).expand(shape),
+            scales.to(device).expand(shape),
         )
 
     def _positions(self, active: ActiveMasks, length: int, device: torch.device) -> Tensor:

@@ -8,7 +8,7 @@ different shapes say which axes are samples and positions.
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from pipeline.config.schema import DropoutConfig
 from pipeline.dropout import doors
 from pipeline.dropout.audit import Leak
 from pipeline.dropout.positions import is_stack
-from pipeline.dropout.rates import problems_of, with_rate
+from pipeline.dropout.rates import problems_of, with_rates
 from pipeline.dropout.sites import ROLE_OF_ATTRIBUTE, SAMPLE_FIRST, Site, role_of
 from pipeline.dropout.trace import Call, trace
 from pipeline.errors import DropoutError, RunFolderError
@@ -35,11 +35,24 @@ class DropoutPlan:
     notes: tuple[str, ...] = ()
     attributes: tuple[tuple[str, float | None], ...] = ()
     """Rates to build the model with, so that every live site exists: (field, rate)."""
+    domains: tuple[str, ...] = ()
+    """Data domains with rates of their own, by the code that rows carry."""
+    num_steps: int | None = None
+    """Steps of the whole training, for rates that change with progress."""
+
+    def for_steps(self, num_steps: int) -> "DropoutPlan":
+        """The plan of a training of so many steps."""
+        return replace(self, num_steps=num_steps)
 
     @property
     def digest(self) -> str:
-        """Hash of what decides masks: sites, calls, variants, rates."""
-        live = [(s.door, s.site, s.call, s.variant, s.rate) for s in self.in_force()]
+        """Hash of what decides masks: sites, calls, variants, rates and how they change."""
+        live = [
+            (s.door, s.site, s.call, s.variant, s.rate)
+            + ((s.block_size,) if s.block_size > 1 else ())
+            + ((s.progress, s.gamma, s.domains, s.learned) if s.changes else ())
+            for s in self.in_force()
+        ]
         return hashlib.sha256(json.dumps(live).encode()).hexdigest()[:16]
 
     def in_force(self, door: str | None = None) -> list[Site]:
@@ -52,6 +65,8 @@ class DropoutPlan:
             "sites": [site.to_json() for site in self.sites],
             "notes": list(self.notes),
             "attributes": dict(self.attributes),
+            "domains": list(self.domains),
+            "num_steps": self.num_steps,
         }
 
     @staticmethod
@@ -77,6 +92,8 @@ class DropoutPlan:
             sites=tuple(Site.from_json(site) for site in data["sites"]),
             notes=tuple(data["notes"]),
             attributes=tuple(data["attributes"].items()),
+            domains=tuple(data.get("domains", ())),
+            num_steps=data.get("num_steps"),
         )
 
     def table(self) -> str:
@@ -85,7 +102,9 @@ class DropoutPlan:
         for site in sorted(self.sites, key=lambda s: not s.in_force):
             state = "yes" if site.in_force else f"no: {site.reason}"
             name = f"{site.site}#{site.call}"
-            rows.append((name, site.role, site.variant, f"{site.rate:g}", site.door, state))
+            variant = f"{site.variant} {site.block_size}" * (site.variant == "block")
+            rate = f"{site.rate:g}" + f" ({site.changes})" * bool(site.changes)
+            rows.append((name, site.role, variant or site.variant, rate, site.door, state))
         widths = [max(len(row[column]) for row in rows) for column in range(5)]
         lines = ["  ".join(c.ljust(w) for c, w in zip(r, [*widths, 0], strict=True)) for r in rows]
         live = f"{len(self.in_force())} of {len(self.sites)} sites in force, digest {self.digest}"
@@ -124,14 +143,15 @@ def make_plan(blueprint: Blueprint, config: DropoutConfig) -> DropoutPlan:
             the doors.
     """
     traces = _trace_thrice(blueprint, config)
-    found = [_site_of(call, traces, blueprint, config) for call in traces.live_calls()]
-    sites = tuple(with_rate(site, config) for site in found)
+    found = [_site_of(call, traces, blueprint) for call in traces.live_calls()]
+    sites = with_rates(found, config)
     problems = problems_of(sites, traces.leaks, config, blueprint.attention_refusal)
     if problems:
         listed = "\n".join(f"  - {problem}" for problem in problems)
         raise DropoutError(f"The dropout plan cannot be made:\n{listed}")
     notes = tuple(f"randomness outside the plan: {leak}" for leak in traces.leaks)
-    return DropoutPlan(sites, notes, _build_rates(sites, traces, blueprint))
+    build_rates = _build_rates(sites, traces, blueprint)
+    return DropoutPlan(sites, notes, build_rates, domains=tuple(sorted(config.domains)))
 
 
 @dataclass(frozen=True)
@@ -184,7 +204,7 @@ def _trace_thrice(blueprint: Blueprint, config: DropoutConfig) -> _Traces:
     )
 
 
-def _site_of(call: Call, traces: _Traces, blueprint: Blueprint, config: DropoutConfig) -> Site:
+def _site_of(call: Call, traces: _Traces, blueprint: Blueprint) -> Site:
     """A traced call as a site, at its own rate."""
     shape, second = call.shape, traces.second_shapes.get(_key(call))
     if shape[0] % _FIRST[0] == 0 and shape[0] > _FIRST[0]:
@@ -196,7 +216,7 @@ def _site_of(call: Call, traces: _Traces, blueprint: Blueprint, config: DropoutC
         call=call.call,
         door=call.door,
         role=role,
-        variant="attention" if role == "attention" else config.variants.get(role, "element"),
+        variant="attention" if role == "attention" else "element",
         rate=traces.own_rates.get(_key(call), 0.0),
         in_force=False,
         reason="",
@@ -227,8 +247,8 @@ def _key(call: Call) -> SiteCall:
 def _inserted_roles(insertable: dict[str, list[str]], config: DropoutConfig) -> dict[str, str]:
     return {
         site: role
-        for role, rate in config.insert
-        if rate is not None
+        for role, given in config.insert
+        if given is not None
         for site in insertable.get(role, [])
     }
 
@@ -259,7 +279,7 @@ def _build_rates(
     calls = traces.live_calls()
     for name in rates:
         of_field = [
-            site.rate
+            site.highest_rate
             for site, call in zip(sites, calls, strict=True)
             if traces.attribute(call) == name
         ]

@@ -5,27 +5,54 @@ configuration says is in force, or nothing runs.
 """
 
 import fnmatch
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
+from pipeline.config.roles import RoleDropout
 from pipeline.config.schema import DropoutConfig
 from pipeline.dropout.audit import Leak
 from pipeline.dropout.doors import INSERTED
-from pipeline.dropout.sites import ROLE_OF_ATTRIBUTE, SAMPLE_FIRST, Site
+from pipeline.dropout.schedules import depth_share, layer_counts, layer_of
+from pipeline.dropout.sites import SAMPLE_FIRST, Site
 
 
-def with_rate(site: Site, config: DropoutConfig) -> Site:
-    """The site with the rate of its role, or of the last override that matches it."""
-    given = config.rates()
+def with_rates(sites: Sequence[Site], config: DropoutConfig) -> tuple[Site, ...]:
+    """The sites with rate, variant and schedule of their role, or of the last override's rate."""
+    counts = layer_counts(site.site for site in sites)
+    return tuple(_with_rate(site, config, counts) for site in sites)
+
+
+def given_for(site: Site, config: DropoutConfig) -> RoleDropout | None:
+    """What the configuration says of a site's role."""
     if site.door == INSERTED:
-        insert = config.insert
-        given = {"embedding": insert.embedding or 0.0, "hidden": insert.hidden or 0.0}
-    rate = given.get(site.role, site.rate)
+        given: RoleDropout | None = getattr(config.insert, site.role)
+        return given
+    return config.by_role().get(site.role)
+
+
+def _with_rate(site: Site, config: DropoutConfig, counts: Mapping[str, int]) -> Site:
+    given = given_for(site, config) or RoleDropout()
+    share = depth_share(given.depth, site.site, counts)
+    full = site.rate if given.rate is None else given.rate
+    rate, learned = full * share, given.learned
+    of_domains = {name: rates.get(site.role) for name, rates in config.domains.items()}
+    domains = {name: own * share for name, own in of_domains.items() if own is not None}
     for pattern, override in config.overrides.items():
         if _matches(pattern, site):
-            rate = override
-    is_live = rate > 0
-    return replace(site, rate=float(rate), in_force=is_live, reason="" if is_live else "rate 0")
+            rate, domains, learned = override, {}, False
+    is_live = rate > 0 or any(domains.values())
+    return replace(
+        site,
+        rate=float(rate),
+        in_force=is_live,
+        reason="" if is_live else f"rate 0{' at this depth' * (full > 0 and share == 0)}",
+        variant=given.variant or site.variant,
+        block_size=given.block_size or 1,
+        progress=given.progress,
+        gamma=given.gamma,
+        domains=tuple(sorted(domains.items())),
+        learned=learned,
+    )
 
 
 def problems_of(
@@ -43,6 +70,8 @@ def problems_of(
         *_rates_without_sites(sites, config),
         *_insertions_without_modules(sites, config),
         *_wrong_variants(config),
+        *_schedules_without_layers(sites, config),
+        *_wrong_domains(sites, config),
         *_overrides_without_sites(sites, config),
         *_sites_that_cannot(sites, attention_refusal),
         *(_leaks(leaks) if config.strict else ()),
@@ -75,25 +104,50 @@ def _hint(role: str) -> str:
 def _insertions_without_modules(sites: Sequence[Site], config: DropoutConfig) -> list[str]:
     inserted = {site.role for site in sites if site.door == INSERTED}
     return [
-        f"dropout.insert.{role} is {rate:g}, but this model has no modules to put it on "
+        f"dropout.insert.{role} is {given.rate:g}, but this model has no modules to put it on "
         "(embed_tokens, self_attn, mlp)."
-        for role, rate in config.insert
-        if rate and role not in inserted
+        for role, given in config.insert
+        if given is not None and given.rate and role not in inserted
     ]
 
 
 def _wrong_variants(config: DropoutConfig) -> list[str]:
-    known = sorted(set(ROLE_OF_ATTRIBUTE.values()))
-    unknown = [
-        f"dropout.variants.{role}: unknown role; known: {', '.join(known)}."
-        for role in config.variants
-        if role not in known
+    given = config.by_role().get("attention")
+    if given is None or (given.variant is None and not given.learned):
+        return []
+    asked = "learned" if given.learned else f"the variant {given.variant}"
+    return [
+        f"dropout.attention asks for {asked}, but attention probabilities are masked one by one, "
+        "at a rate that is set. Leave it out."
     ]
+
+
+def _schedules_without_layers(sites: Sequence[Site], config: DropoutConfig) -> list[str]:
+    inserted = [(f"insert.{role}", given) for role, given in config.insert if given is not None]
+    problems = []
+    for name, given in [*config.by_role().items(), *inserted]:
+        mine = [site for site in sites if given_for(site, config) is given]
+        if given.depth != "constant" and mine and not any(layer_of(s.site) for s in mine):
+            problems.append(
+                f"dropout.{name} changes with depth ({given.depth}), but none of its sites is in a "
+                f"layer (such as {mine[0].site}). Leave depth out."
+            )
+    return problems
+
+
+def _wrong_domains(sites: Sequence[Site], config: DropoutConfig) -> list[str]:
+    roles = sorted({site.role for site in sites})
+    unknown = [
+        f"dropout.domains.{name}.{role}: this model has no {role} dropout (it has: "
+        f"{', '.join(roles) or 'none'})."
+        for name, rates in config.domains.items()
+        for role in rates
+        if role not in roles
+    ]
+    learned = sorted({site.role for site in sites if site.learned and site.domains})
     return unknown + [
-        f"dropout.variants.{role} is {variant}: attention probabilities take the variant "
-        "`attention`, all other roles element, channel or token."
-        for role, variant in config.variants.items()
-        if role in known and (role == "attention") != (variant == "attention")
+        f"dropout.domains gives rates for {role}, whose rate is learned. Leave one of them out."
+        for role in learned
     ]
 
 
@@ -106,14 +160,14 @@ def _overrides_without_sites(sites: Sequence[Site], config: DropoutConfig) -> li
 
 
 def _sites_that_cannot(sites: Sequence[Site], attention_refusal: str) -> list[str]:
-    live = [site for site in sites if site.rate > 0]
+    live = [site for site in sites if site.highest_rate > 0]
     problems = [
-        f"site {s.site}#{s.call} (rate {s.rate:g}) cannot be locked to samples: {s.layout}; "
-        f'set its rate to 0 (dropout.overrides: {{"{s.site}#{s.call}": 0}}).'
+        f"site {s.site}#{s.call} (rate {s.highest_rate:g}) cannot be locked to samples: "
+        f'{s.layout}; set its rate to 0 (dropout.overrides: {{"{s.site}#{s.call}": 0}}).'
         for s in live
         if s.layout != SAMPLE_FIRST
     ]
-    attention = [site.rate for site in live if site.role == "attention"]
+    attention = [site.highest_rate for site in live if site.role == "attention"]
     if attention and attention_refusal:
         problems.append(f"attention dropout is {attention[0]:g}: {attention_refusal}")
     return problems

@@ -74,13 +74,40 @@ class Site:
     """`sample-first`, or why the tensor's entries cannot be mapped to samples."""
     shape: tuple[int, ...]
     """Shape of one sample's tensor: `(positions, features)`, `(heads, queries, keys)`, ..."""
+    block_size: int = 1
+    """Features under one decision, for the variant `block`."""
+    progress: str = "constant"
+    """How the rate changes over the steps; `rate` is that of the end."""
+    gamma: float = 10.0
+    """How fast the progress `curriculum` rises."""
+    domains: tuple[tuple[str, float], ...] = ()
+    """Rates of data domains that have their own."""
+    learned: bool = False
+    """Whether `rate` is where a learned rate starts."""
+    linears: tuple[str, ...] = ()
+    """The linear layers next to a learned site, whose weights its regulariser counts."""
+
+    @property
+    def highest_rate(self) -> float:
+        """The largest rate that any sample can get."""
+        return max([self.rate, *(rate for _, rate in self.domains)])
+
+    @property
+    def changes(self) -> str:
+        """What there is to know of the rate beside its number, in words; empty when it is fixed."""
+        shown = [f"{name} {rate:g}" for name, rate in self.domains]
+        if self.progress != "constant":
+            shown.insert(0, self.progress)
+        return ", ".join(["learned"] if self.learned else shown)
 
     def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "shape": list(self.shape)}
+        lists = {"shape": list(self.shape), "linears": list(self.linears)}
+        return {**asdict(self), **lists, "domains": dict(self.domains)}
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> "Site":
-        return Site(**{**data, "shape": tuple(data["shape"])})
+        tuples = {name: tuple(data.get(name, ())) for name in ("shape", "linears")}
+        return Site(**{**data, **tuples, "domains": tuple(data.get("domains", {}).items())})
 
 
 def role_of(

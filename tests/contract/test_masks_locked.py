@@ -142,7 +142,7 @@ FAMILIES = {
         "gpt2",
         "text-generation",
         {"n_embd": 24, "n_head": 3, "n_layer": 2, "vocab_size": VOCABULARY, "n_positions": 32},
-        {"embedding": 0.1, "hidden": 0.1, "attention": 0.2, "variants": {"hidden": "token"}},
+        {"embedding": 0.1, "hidden": {"rate": 0.1, "variant": "token"}, "attention": 0.2},
         gpt2_sites(),
     ),
     "modernbert": Family(
@@ -151,11 +151,10 @@ FAMILIES = {
         {**SMALL, "intermediate_size": 40, "max_position_embeddings": 32},
         {
             "embedding": 0.1,
-            "hidden": 0.1,
+            "hidden": {"rate": 0.1, "variant": "channel"},
             "attention": 0.2,
             "activation": 0.25,
             "head": 0.3,
-            "variants": {"hidden": "channel"},
         },
         modernbert_sites(),
     ),

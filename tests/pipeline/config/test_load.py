@@ -231,9 +231,9 @@ def test_overrides_are_read_as_yaml_and_make_the_sections_they_need(load):
 
 
 def test_below_a_dict_of_single_values_the_rest_of_an_override_is_one_key(load):
-    config = load(MINIMAL, "dropout.overrides.bert.encoder.*=0.2", "dropout.variants.head=token")
+    config = load(MINIMAL, "dropout.overrides.bert.encoder.*=0.2", "dropout.head.variant=token")
     assert config.dropout.overrides == {"bert.encoder.*": 0.2}
-    assert config.dropout.variants == {"head": "token"}
+    assert config.dropout.head.variant == "token"
 
 
 @pytest.mark.parametrize(

@@ -11,13 +11,17 @@ from pipeline.dropout.sites import Site
 from pipeline.errors import DropoutError, RunFolderError
 from pipeline.records import RunFolder, write_json
 
-DROPOUT = {"embedding": 0.3, "hidden": 0.2, "attention": 0.25, "head": 0.5}
-VARIANTS = {"hidden": "channel", "embedding": "token"}
+DROPOUT = {
+    "embedding": {"rate": 0.3, "variant": "token"},
+    "hidden": {"rate": 0.2, "variant": "channel"},
+    "attention": 0.25,
+    "head": {"rate": 0.5, "variant": "block", "block_size": 3},
+}
 
 
 @pytest.fixture
 def bound(bind):
-    return bind("roberta", DROPOUT | {"variants": VARIANTS})
+    return bind("roberta", DROPOUT)
 
 
 @pytest.fixture

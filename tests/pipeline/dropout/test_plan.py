@@ -131,7 +131,8 @@ def test_the_last_override_that_matches_wins(config_of):
 
 
 def test_variants_are_given_by_role(config_of):
-    plan = plan_for(config_of("bert", {"variants": {"hidden": "token", "head": "channel"}}))
+    given = {"hidden": {"variant": "token"}, "head": {"variant": "channel"}}
+    plan = plan_for(config_of("bert", given))
     variants = {site.role: site.variant for site in plan.sites}
     assert variants == {
         "embedding": "element",
@@ -166,8 +167,7 @@ ERRORS = {
         {"attn_implementation": "sdpa"},
         r"attention dropout is 0\.1: model\.attn_implementation is sdpa, .* use `attn_impl",
     ),
-    "a wrong variant": ("bert", {"variants": {"attention": "token"}}, {}, "take the variant"),
-    "a role that does not exist": ("bert", {"variants": {"hiden": "token"}}, {}, "unknown role"),
+    "a wrong variant": ("bert", {"attention": {"variant": "token"}}, {}, "masked one by one"),
     "time first": ("xlnet", {}, {}, r"transformer\.dropout#0 .* \(time-major\)"),
     "a mask shared by samples": ("deberta-v2", {}, {}, r"pos_dropout#0 .* is shared by samples"),
     "features before positions": ("squeezebert", {}, {}, "the sequence, not features"),
@@ -221,7 +221,7 @@ def test_the_digest_changes_with_what_changes_masks_only(config_of):
         return plan_for(config_of("gpt2", dropout)).digest
 
     assert digest(hidden=0.1) == digest()
-    assert len({digest(), digest(hidden=0.3), digest(variants={"hidden": "token"})}) == 3
+    assert len({digest(), digest(hidden=0.3), digest(hidden={"variant": "token"})}) == 3
 
 
 def test_the_table_names_sites_in_force_first(config_of):
