@@ -19,7 +19,7 @@ Body = Callable[..., Any]
 Draw = Callable[[str, str, Tensor, float], Tensor]
 """(door, site, tensor, rate of the call) -> masked tensor."""
 
-MODULE, FUNCTIONAL, INSERTED = "module", "functional", "inserted"
+MODULE, FUNCTIONAL, INSERTED, PATH = "module", "functional", "inserted", "path"
 
 
 class _KeyedModule:
@@ -33,11 +33,22 @@ class _KeyedModule:
         return self.masklock_draw(MODULE, self.masklock_site, input, self.p)
 
 
+class _KeyedPath:
+    """The same for the `DropPath` of a modelling file (stochastic depth)."""
+
+    masklock_draw: Draw
+    masklock_site: str
+    drop_prob: float | None
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.masklock_draw(PATH, self.masklock_site, hidden_states, self.drop_prob or 0.0)
+
+
 @lru_cache(maxsize=64)
-def _keyed_class(original: type[nn.Module]) -> type[nn.Module]:
+def _keyed_class(original: type[nn.Module], mixin: type) -> type[nn.Module]:
     # The class is swapped, not the module: hooks, ids, state_dict and isinstance survive.
     name = f"Keyed{original.__name__}"
-    return type(name, (_KeyedModule, original), {"__module__": original.__module__})
+    return type(name, (mixin, original), {"__module__": original.__module__})
 
 
 def site_names(model: nn.Module) -> dict[nn.Module, str]:
@@ -48,18 +59,25 @@ def site_names(model: nn.Module) -> dict[nn.Module, str]:
 
 def is_bound(names: dict[nn.Module, str]) -> bool:
     """Whether another draw function has opened this model's doors."""
-    return any(isinstance(module, _KeyedModule) for module in names)
+    return any(isinstance(module, _KeyedModule | _KeyedPath) for module in names)
+
+
+def is_path(module: nn.Module) -> bool:
+    """Whether a module is a modelling file's `DropPath`."""
+    return type(module).__name__.endswith("DropPath") and hasattr(module, "drop_prob")
 
 
 def open_modules(names: dict[nn.Module, str], draw: Draw) -> Callable[[], None]:
-    """Route every `nn.Dropout` through `draw`; returns the function that undoes it."""
+    """Route every `nn.Dropout` and `DropPath` through `draw`; returns the undoing function."""
     swapped: list[nn.Module] = []
     for module, name in names.items():
-        if isinstance(module, nn.Dropout) and type(module).forward is nn.Dropout.forward:
+        is_dropout = isinstance(module, nn.Dropout)
+        if is_path(module) or (is_dropout and type(module).forward is nn.Dropout.forward):
             module.__dict__["masklock_draw"] = draw
             module.__dict__["masklock_site"] = name
             original: Any = type(module)
-            module.__class__ = _keyed_class(original)  # type: ignore[assignment]
+            mixin = _KeyedModule if is_dropout else _KeyedPath
+            module.__class__ = _keyed_class(original, mixin)  # type: ignore[assignment]
             swapped.append(module)
 
     def close() -> None:
@@ -115,6 +133,17 @@ def open_functional(find: Callable[[nn.Module], tuple[str, Draw] | None]) -> Ite
         yield
     finally:
         nn.functional.dropout = previous
+
+
+@contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Give an attribute another value while the block runs."""
+    previous = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, previous)
 
 
 def _calling_site(find: Callable[[nn.Module], Any]) -> Any:
@@ -175,4 +204,5 @@ def _wrapped(function: Body, segment: Callable[[Body], Body]) -> Body:
 
 def in_backward() -> bool:
     """Whether this thread is inside autograd's backward."""
-    return torch._C._current_graph_task_id() != -1
+    # Under compilation there is no backward in Python, and the question would break the graph.
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
