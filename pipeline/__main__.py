@@ -61,12 +61,31 @@ def plan(
 
 
 @app.command()
-def train(config: Config, overrides: Overrides = None) -> None:
+def train(
+    config: Config,
+    overrides: Overrides = None,
+    accelerate_config: Annotated[
+        str | None, typer.Option(help="Start processes: cpu, ddp, fsdp2, zero1, ... or a file.")
+    ] = None,
+    num_processes: Annotated[int | None, typer.Option(min=1, help="How many of them.")] = None,
+    allow_batch_change: Annotated[
+        bool, typer.Option("--allow-batch-change", help="Go on with another global batch.")
+    ] = False,
+) -> None:
     """Train, or go on where a stopped run left off (exit 75: stopped by a signal after saving)."""
-    loaded = _load(config, overrides)
-    from pipeline.train import train as stage
+    if accelerate_config is not None or num_processes is not None:
+        from pipeline.engines import launch
 
-    raise typer.Exit(stage(loaded, _say))
+        words = ["train", config, *(overrides or ())]
+        words += ["--allow-batch-change"] * allow_batch_change
+        raise typer.Exit(launch(accelerate_config or "ddp", num_processes, words))
+    from pipeline.failure import failing_together
+
+    with failing_together(functools.partial(typer.echo, err=True)):
+        loaded = _load(config, overrides)
+        from pipeline.train import train as stage
+
+        raise typer.Exit(stage(loaded, _say, allow_batch_change=allow_batch_change))
 
 
 @app.command()

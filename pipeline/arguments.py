@@ -8,8 +8,13 @@ from transformers import SchedulerType, Trainer, TrainingArguments, get_schedule
 
 from pipeline.config.installed import installed_problems
 from pipeline.config.schema import RunConfig, TrainConfig
-from pipeline.errors import ConfigError
+from pipeline.dropout.plan import DropoutPlan
+from pipeline.engines import Settings, contradictions
+from pipeline.errors import ConfigError, LayoutError
 from pipeline.parallel import default_use_cpu
+
+# Of the Trainer's own defaults, those that cost something in every step.
+DEFAULTS = {"ddp_find_unused_parameters": False}
 
 # Names that mean the same here and there.
 SAME_NAMES = (
@@ -58,7 +63,7 @@ def training_arguments(config: RunConfig, output_dir: str, world_size: int) -> T
         **_recompute(config.train),
     }
     try:
-        return TrainingArguments(**(config.train.extra | values))
+        return TrainingArguments(**(DEFAULTS | config.train.extra | values))
     except (ValueError, TypeError) as error:
         raise ConfigError([f"train: {error}"]) from error
 
@@ -106,6 +111,33 @@ def greater_is_better(train: TrainConfig) -> bool:
     if train.greater_is_better is not None:
         return train.greater_is_better
     return train.metric_for_best_model.removeprefix("eval_") in {"accuracy", "f1"}
+
+
+def check_launch(config: RunConfig, settings: Settings, world_size: int) -> None:
+    """What the launch configuration says must be what the run says, or nothing.
+
+    Raises:
+        LayoutError: every contradiction, with what to do.
+    """
+    train = config.train
+    micro, accumulation = batch_split(train, world_size)
+    expected = {
+        "mixed_precision": "bf16" if train.bf16 else "fp16" if train.fp16 else "no",
+        "bf16.enabled": train.bf16,
+        "fp16.enabled": train.fp16,
+        "train_batch_size": train.global_batch_size,
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": train.max_grad_norm,
+    }
+    if problems := contradictions(settings, expected):
+        listed = "\n".join(f"  - {problem}" for problem in problems)
+        raise LayoutError(f"The launch configuration contradicts the run:\n{listed}")
+
+
+def needs_unused(plan: DropoutPlan) -> bool:
+    """Whether a step may leave parameters without a gradient, which DDP must then look for."""
+    return any(site.variant == "layer" for site in plan.in_force())
 
 
 def check_metric(train: TrainConfig, metric_names: tuple[str, ...]) -> None:

@@ -14,7 +14,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
-from pipeline import parallel
+from pipeline import failure, parallel
 from pipeline.tracking import Tracker
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -161,6 +161,9 @@ class StopPolitely(TrainerCallback):
         self.say = say
         self.is_asked = False
         self.has_stopped = False
+        # Ctrl-C reaches every process of a terminal, and the launcher then passes it on to its own.
+        self.echo_seconds = 2.0 if parallel.world_size() > 1 else 0.0
+        self._asked_at = 0.0
         self._process = os.getpid()
 
     @contextmanager
@@ -185,9 +188,13 @@ class StopPolitely(TrainerCallback):
     def _on_signal(self, number: int, frame: Any) -> None:
         if os.getpid() != self._process:
             return  # a worker that loads data: its parent decides
+        if failure.is_ending():
+            return  # the launcher ends this process because another one failed
         if self.is_asked:
-            raise KeyboardInterrupt
-        self.is_asked = True
+            if time.monotonic() - self._asked_at > self.echo_seconds:
+                raise KeyboardInterrupt
+            return
+        self.is_asked, self._asked_at = True, time.monotonic()
         if parallel.is_main():
             name = signal.Signals(number).name
             self.say(

@@ -85,6 +85,32 @@ def guard(launch: Launch, args_world_size: int, running: Running) -> None:
         )
 
 
+def visible_devices(use_cpu: bool | None) -> int:
+    """Accelerators that processes of this machine may take; 0: they run on the CPU."""
+    return 0 if use_cpu or default_use_cpu() else torch.accelerator.device_count()
+
+
+def require_devices(num_processes: int, num_devices: int) -> None:
+    """Refuse more processes on this machine than it has accelerators.
+
+    Args:
+        num_processes: of this machine (LOCAL_WORLD_SIZE).
+        num_devices: accelerators that are visible; 0: the processes run on the CPU.
+    """
+    if 0 < num_devices < num_processes:
+        raise LayoutError(
+            f"The launcher started {num_processes} processes on this machine, but only "
+            f"{num_devices} accelerator(s) are visible. Nothing was written. Launch with "
+            f"--num-processes {num_devices}, show more devices (CUDA_VISIBLE_DEVICES), or set "
+            "train.use_cpu=true."
+        )
+
+
+def local_world_size(environment: Mapping[str, str] = os.environ) -> int:
+    """Processes on this machine."""
+    return _integer(environment, "LOCAL_WORLD_SIZE", 1)
+
+
 def default_use_cpu() -> bool:
     """True without an accelerator: otherwise torchrun's processes do not find each other."""
     return not torch.accelerator.is_available()

@@ -10,8 +10,15 @@ from typing import Any
 
 from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, TrainingArguments
 
-from pipeline import checkpoint, parallel
-from pipeline.arguments import check_metric, check_optimizer, set_horizon, training_arguments
+from pipeline import agreement, checkpoint, engines, parallel
+from pipeline.arguments import (
+    check_launch,
+    check_metric,
+    check_optimizer,
+    needs_unused,
+    set_horizon,
+    training_arguments,
+)
 from pipeline.callbacks import Meter, ShowProgress, StopPolitely, TrackMetrics
 from pipeline.config.load import config_diff, config_hash, dump_config, load_config
 from pipeline.config.schema import RunConfig
@@ -22,9 +29,10 @@ from pipeline.errors import RunFolderError
 from pipeline.modality.bundle import MODALITIES
 from pipeline.model import build_model, plan_for
 from pipeline.records import RunFolder, write_json, write_text
+from pipeline.sharding import running_layout, use_one_device
 from pipeline.tokenizer import load_tokenizer
 from pipeline.tracking import Tracker, open_tracker
-from pipeline.trainer import LockedTrainer, running_layout, use_one_device
+from pipeline.trainer import LockedTrainer
 
 STOPPED = 75
 logger = logging.getLogger(__name__)
@@ -44,6 +52,12 @@ FREE_TRAIN_FIELDS = (
     "save_steps",
     "save_total_limit",
     "disable_tqdm",
+)
+
+
+ALLOW_BATCH_CHANGE = (
+    " Another global batch means other rows in each of the steps to come: if that is meant, give "
+    "--allow-batch-change."
 )
 
 
@@ -72,12 +86,18 @@ class Parts:
         }
 
 
-def train(config: RunConfig, say: Say = logger.info, instrument: Instrument | None = None) -> int:
+def train(
+    config: RunConfig,
+    say: Say = logger.info,
+    instrument: Instrument | None = None,
+    allow_batch_change: bool = False,
+) -> int:
     """Train, or go on training, the run that this configuration describes.
 
     Args:
         say: receives the few sentences a user should read.
         instrument: is given the trainer before it starts.
+        allow_batch_change: go on with another global batch than the run began with.
 
     Returns:
         0 when the run is complete, 75 when a signal stopped it after a save.
@@ -87,12 +107,14 @@ def train(config: RunConfig, say: Say = logger.info, instrument: Instrument | No
     say = say if parallel.is_main() else _keep_quiet
     if note := use_one_device(args):
         say(note)
-    check_folder(run, config)
-    if run.model.is_dir():
+    agreement.agree(agreement.start_facts(config))
+    check_folder(run, config, allow_batch_change)
+    if parallel.from_main(run.model.is_dir()):
         say(f"{run.path} is complete: {run.model} holds the trained model. Nothing to do.")
         return 0
     parts = prepare(config, run, args, say)
     keyed = KeyedDropout(parts.model, parts.plan, config.seed)
+    agree_on_masks(parts, keyed)
     write_description(parts)
     tracker = open_tracker(config, run, parallel.is_main())
     try:
@@ -105,12 +127,24 @@ def train(config: RunConfig, say: Say = logger.info, instrument: Instrument | No
 def guarded_arguments(config: RunConfig) -> TrainingArguments:
     """The first statement of every run: the layout asked for is the one running, or exit 2."""
     launch = parallel.read_launch()
+    engines.settle_environment(os.environ)
+    settings = engines.Settings.of(os.environ)
+    check_launch(config, settings, launch.world_size)
+    devices = parallel.visible_devices(config.train.use_cpu)
+    parallel.require_devices(parallel.local_world_size(), devices)
     args = training_arguments(config, str(Path(config.output_dir) / config.name), launch.world_size)
     parallel.guard(launch, args.world_size, running_layout(args))
     return args
 
 
-def check_folder(run: RunFolder, config: RunConfig) -> None:
+def agree_on_masks(parts: Parts, keyed: KeyedDropout) -> None:
+    """All processes draw the same masks for the same samples, from the step that comes first."""
+    step = checkpoint.step_of(parts.found) or 0 if parts.found else 0
+    fingerprint, device = parts.data.fingerprint, parts.args.device
+    agreement.agree(agreement.run_facts(keyed.plan, keyed.seed, fingerprint, step, device))
+
+
+def check_folder(run: RunFolder, config: RunConfig, allow_batch_change: bool = False) -> None:
     """A folder that holds another run is refused, with what differs."""
     _check_place(run.path)
     if not run.path.exists() or not any(run.path.iterdir()):
@@ -120,12 +154,16 @@ def check_folder(run: RunFolder, config: RunConfig) -> None:
             f"{run.path} exists but holds no {run.config.name}, so it is not a run of Masklock. "
             "Choose another name or output_dir, or delete the folder."
         )
-    differences = config_diff(as_before(load_config(run.path), config), config)
+    free = ("global_batch_size",) if allow_batch_change else ()
+    differences = config_diff(as_before(load_config(run.path), config, free), config)
     if differences:
         listed = "\n".join(f"  - {line}" for line in differences)
+        batch = any("train.global_batch_size" in line for line in differences)
         raise RunFolderError(
             f"{run.path} holds a run with another configuration (there -> asked for):\n{listed}\n"
             "Choose another name, delete the folder, or undo these changes to go on with that run."
+            + ALLOW_BATCH_CHANGE
+            * batch
         )
 
 
@@ -143,9 +181,9 @@ def _check_place(folder: Path) -> None:
     )
 
 
-def as_before(before: RunConfig, config: RunConfig) -> RunConfig:
+def as_before(before: RunConfig, config: RunConfig, also: tuple[str, ...] = ()) -> RunConfig:
     """The run's configuration with what may change between two starts taken from the new one."""
-    train = {name: getattr(config.train, name) for name in FREE_TRAIN_FIELDS}
+    train = {name: getattr(config.train, name) for name in (*FREE_TRAIN_FIELDS, *also)}
     sections = {name: getattr(config, name) for name in FREE_SECTIONS}
     return before.model_copy(update={**sections, "train": before.train.model_copy(update=train)})
 
@@ -161,12 +199,21 @@ def prepare(config: RunConfig, run: RunFolder, args: TrainingArguments, say: Say
     for note in data.notes:
         say(note)
     set_horizon(args, config.train, len(data.train), has_validation=len(data.validation) > 0)
-    plan = plan_for(config, data.label_names, tokenizer).for_steps(args.max_steps)
+    with engines.built_whole():
+        plan = plan_for(config, data.label_names, tokenizer).for_steps(args.max_steps)
+    if needs_unused(plan):
+        args.ddp_find_unused_parameters = True
     found = find_checkpoint(run, plan, data, say)
-    model = build_model(config, data.label_names, plan, tokenizer)
+    with engines.built_whole(unless=_is_sharded_init(args)):
+        model = build_model(config, data.label_names, plan, tokenizer)
     if found is None:
         checkpoint.require_space(run.path, checkpoint_bytes(model))
     return Parts(config, run, args, data, tokenizer, plan, model, found, say)
+
+
+def _is_sharded_init(args: TrainingArguments) -> bool:
+    plugin: Any = args.deepspeed_plugin
+    return plugin is not None and plugin.zero3_init_flag
 
 
 def find_checkpoint(run: RunFolder, plan: DropoutPlan, data: PreparedData, say: Say) -> Path | None:
@@ -221,6 +268,8 @@ def fit_and_save(
     trainer = make_trainer(parts, keyed, tracker, stop)
     if instrument is not None:
         instrument(trainer)
+    for note in notes_on_going_on(parts, trainer):
+        parts.say(note)
     with stop.listening():
         trainer.run_from(parts.found)
     if stop.has_stopped:
@@ -232,6 +281,26 @@ def fit_and_save(
         return STOPPED
     save_model(parts, trainer)
     return 0
+
+
+def notes_on_going_on(parts: Parts, trainer: LockedTrainer) -> list[str]:
+    """What a checkpoint of another layout or batch does not carry over."""
+    if parts.found is None:
+        return []
+    notes, batch = [], parts.config.train.global_batch_size
+    manifest = checkpoint.read_manifest(parts.found)
+    if not trainer.carries_optimizer(parts.found):
+        notes.append(
+            f"{parts.found.name} was written by {manifest.get('engine', 'another engine')}, whose "
+            "optimizer state cannot be read here: weights, step and schedule go on, the "
+            "optimizer's moments begin anew."
+        )
+    if (before := manifest.get("global_batch_size", batch)) != batch:
+        notes.append(
+            f"The global batch changes from {before} to {batch}: step k now takes the rows from "
+            f"k x {batch} on, so some rows of this epoch come twice or not at all."
+        )
+    return notes
 
 
 def make_trainer(

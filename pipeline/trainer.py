@@ -8,18 +8,23 @@ import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from torch import Tensor
-from transformers import PrinterCallback, Trainer, TrainerState, TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers import PrinterCallback, Trainer, TrainerState
+from transformers import trainer as trainer_module
+from transformers.trainer import (
+    OPTIMIZER_NAME,
+    SCHEDULER_NAME,
+    TRAINER_STATE_NAME,
+    TRAINING_ARGS_NAME,
+)
 from transformers.utils import logging as hf_logging
 
-from pipeline import checkpoint, parallel
+from pipeline import checkpoint, parallel, sharding, zero
 from pipeline.callbacks import Meter
 from pipeline.config.schema import TrainConfig
 from pipeline.dropout.context import ActiveMasks, KeyedDropout
@@ -43,6 +48,9 @@ TOUCH_POINTS = {
     ),
     "_save_checkpoint": ("self", "model", "trial"),
     "_save": ("self", "output_dir", "state_dict"),
+    "save_model": ("self", "output_dir", "_internal_call"),
+    "_save_optimizer_and_scheduler": ("self", "output_dir"),
+    "_load_optimizer_and_scheduler": ("self", "checkpoint"),
     "_save_rng_state": ("self", "output_dir"),
     "_load_rng_state": ("self", "checkpoint"),
     "_prepare_inputs": ("self", "inputs"),
@@ -81,13 +89,18 @@ class LockedTrainer(Trainer):
     ) -> None:
         loss = modality.loss(train.label_smoothing_factor)
         self._use_cache = getattr(kwargs["model"].config, "use_cache", None)
-        super().__init__(compute_loss_func=loss, **kwargs)
+        with sharding.fsdp_on_any_device():
+            super().__init__(compute_loss_func=loss, **kwargs)
+        if self.is_fsdp_enabled:
+            plugin = self.accelerator.state.fsdp_plugin
+            plugin.transformer_cls_names_to_wrap = sharding.classes_to_shard(self.model)
         self.run, self.train_config, self.keyed, self.modality = run, train, keyed, modality
         self.facts, self.checkpoint_bytes, self.meter = facts, checkpoint_bytes, meter
         # The loss is ours: the model neither computes one nor needs the number of items.
         self.model_accepts_loss_kwargs = False
         self.remove_callback(PrinterCallback)
         self._is_plan_proved = False
+        self.is_only_loaded = False
         self._step = 0
         self._sample_ids = torch.empty(0, dtype=torch.int64)
 
@@ -180,8 +193,38 @@ class LockedTrainer(Trainer):
 
     def _commit(self, folder: Path) -> None:
         layout = {"step": self.state.global_step, "world_size": parallel.world_size()}
-        checkpoint.commit(folder, layout | self.facts)
+        checkpoint.commit(folder, layout | self.engine_facts() | self.facts)
         checkpoint.rotate(self.run.path, self.train_config.save_total_limit, self.best_checkpoint())
+
+    def save_model(self, output_dir=None, _internal_call=False):
+        """The weights of one process, whatever shards them; all processes must call it."""
+        if self.is_only_loaded:  # no engine was made
+            if self.args.should_save:
+                self._save(output_dir)
+            return
+        if not self.is_fsdp_enabled:
+            super().save_model(output_dir, _internal_call)
+            return
+        weights = sharding.full_weights(self.model)
+        if self.args.should_save:
+            self._save(output_dir, state_dict=weights)
+        parallel.barrier()
+
+    def _save_optimizer_and_scheduler(self, output_dir):
+        """Under FSDP the optimizer's state as that of one process, so that any number goes on."""
+        if not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        state = sharding.full_optimizer_state(self.model, self._plain_optimizer())
+        if self.args.should_save:
+            torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
+            schedule: Any = self.lr_scheduler
+            torch.save(schedule.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+        parallel.barrier()
+
+    def _plain_optimizer(self) -> Any:
+        """The optimizer without accelerate's wrapping."""
+        return getattr(self.optimizer, "optimizer", self.optimizer)
 
     def _save(self, output_dir=None, state_dict=None):
         """Weights without the pickle of the arguments: nothing here needs unpickling to be read."""
@@ -214,9 +257,14 @@ class LockedTrainer(Trainer):
     def load_best(self) -> Path | None:
         """Put the best checkpoint's weights into the model."""
         best = self.best_checkpoint()
-        if best is not None:
+        if best is not None and self.is_only_loaded:
+            super()._load_from_checkpoint(str(best))
+        elif best is not None and self.is_fsdp_enabled:
+            sharding.load_weights(self.model, best)
+        elif best is not None:
             self.state.best_model_checkpoint = str(best)
-            self._load_best_model()
+            with self._loading_deepspeed():
+                self._load_best_model()
         return best
 
     def export(self, folder: Path) -> None:
@@ -230,10 +278,66 @@ class LockedTrainer(Trainer):
     def run_from(self, found: Path | None) -> None:
         """Train to the end from a whole checkpoint, or from the beginning."""
         if found is not None and self._is_finished(found):
-            self._load_from_checkpoint(str(found))
+            super()._load_from_checkpoint(str(found))
             self.state = TrainerState.load_from_json(str(found / TRAINER_STATE_NAME))
-        else:
+            self.is_only_loaded = True
+            return
+        is_foreign = self.is_deepspeed_enabled and found and not self._was_zero(found)
+        if found is not None and (is_foreign or self.is_fsdp_enabled):
+            super()._load_from_checkpoint(str(found))  # while the model is whole
+        with self._loading_deepspeed():
             self.train(resume_from_checkpoint=str(found) if found else None)
+
+    def engine_facts(self) -> dict[str, Any]:
+        """Which engine writes the optimizer's state, for every manifest."""
+        zero_stage = zero.stage_of(self.model_wrapped) if self.is_deepspeed_enabled else None
+        fsdp = "FSDP" if self.is_fsdp_enabled else "plain"
+        return {"engine": "DEEPSPEED" if zero_stage else fsdp, "zero_stage": zero_stage}
+
+    def carries_optimizer(self, found: Path) -> bool:
+        """Whether the optimizer's state of a checkpoint can be read by the engine running now."""
+        return self._was_zero(found) == self.is_deepspeed_enabled
+
+    def _was_zero(self, found: Path) -> bool:
+        return checkpoint.read_manifest(found).get("engine") == "DEEPSPEED"
+
+    @contextmanager
+    def _loading_deepspeed(self) -> Iterator[None]:
+        """The Trainer loads DeepSpeed's checkpoints by a function of its module: ours meanwhile."""
+        native = trainer_module.deepspeed_load_checkpoint
+
+        def load(engine: Any, folder: str, load_module_strict: bool = True) -> None:
+            if self._was_zero(Path(folder)):
+                manifest = checkpoint.read_manifest(Path(folder))
+                once = partial(native, engine, folder, load_module_strict=load_module_strict)
+                zero.load(engine, Path(folder), manifest, once)
+
+        trainer_module.deepspeed_load_checkpoint = load
+        try:
+            yield
+        finally:
+            trainer_module.deepspeed_load_checkpoint = native
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        """Under FSDP nothing: the weights were loaded before they were sharded."""
+        if not self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        """The optimizer's state where engines share it, and the schedule."""
+        optimizer: Any = self._plain_optimizer()
+        schedule: Any = self.lr_scheduler
+        if self.is_deepspeed_enabled or checkpoint is None:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        if self.carries_optimizer(Path(checkpoint)):
+            state = _read_tensors(Path(checkpoint) / OPTIMIZER_NAME)
+            if self.is_fsdp_enabled or sharding.is_by_name(state):
+                bare = self.accelerator.unwrap_model(self.model)
+                sharding.load_optimizer_state(bare, optimizer, state)
+            else:
+                optimizer.load_state_dict(state)
+        schedule.load_state_dict(_read_tensors(Path(checkpoint) / SCHEDULER_NAME))
 
     def _init_training_state(
         self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
@@ -255,26 +359,8 @@ class LockedTrainer(Trainer):
         return state.global_step >= self.args.max_steps or is_out_of_patience
 
 
-def use_one_device(args: TrainingArguments) -> str | None:
-    """One process uses one device: nn.DataParallel would split a batch. A note where it matters."""
-    visible = args.n_gpu
-    if visible <= 1:
-        return None
-    args._n_gpu = 1
-    return (
-        f"{visible} devices are visible, but one process uses only the first. To use all: "
-        f"accelerate launch --num_processes {visible} -m pipeline train CONFIG"
-    )
-
-
-def running_layout(args: TrainingArguments) -> parallel.Running:
-    """The layout of the accelerator that the Trainer will make, before anything else exists."""
-    accelerator = Accelerator(
-        mixed_precision=args.mixed_precision, deepspeed_plugin=args.deepspeed_plugin
-    )
-    running = parallel.Running.of(accelerator)
-    AcceleratorState._reset_state()  # the Trainer makes its own, with its own plugins
-    return running
+def _read_tensors(file: Path) -> Any:
+    return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def non_finite_rows(loss: Tensor, logits: Tensor, sample_ids: Tensor) -> list[int]:

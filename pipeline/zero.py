@@ -1,0 +1,81 @@
+"""DeepSpeed checkpoints on another number of processes or another ZeRO stage.
+
+DeepSpeed reads its shards only on the layout that wrote them; its own converter turns them into a
+universal checkpoint, which any layout reads.
+"""
+
+import contextlib
+import io
+import shutil
+from argparse import Namespace
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pipeline import parallel
+from pipeline.errors import CheckpointError
+
+UNIVERSAL = ".universal"
+
+
+def stage_of(engine: Any) -> int:
+    """The ZeRO stage that an engine runs."""
+    return int(engine.zero_optimization_stage())
+
+
+def load(engine: Any, folder: Path, manifest: Mapping[str, Any], native: Any) -> None:
+    """Load a ZeRO checkpoint into an engine of any stage on any number of processes.
+
+    Args:
+        engine: a DeepSpeedEngine, just made.
+        folder: the checkpoint.
+        manifest: its manifest: `world_size` and `zero_stage` say which layout wrote it.
+        native: loads a checkpoint of the same layout, without arguments.
+    """
+    then = manifest.get("world_size"), manifest.get("zero_stage")
+    if then == (parallel.world_size(), stage_of(engine)):
+        native()
+        return
+    universal = folder.parent / UNIVERSAL
+    if parallel.is_main():
+        convert(folder, universal)
+    parallel.barrier()
+    try:
+        _load_universal(engine, universal)
+    finally:
+        parallel.barrier()
+        if parallel.is_main():
+            shutil.rmtree(universal, ignore_errors=True)
+
+
+def convert(folder: Path, universal: Path) -> None:
+    """Run DeepSpeed's converter on the shards of a checkpoint."""
+    from deepspeed.checkpoint import ds_to_universal
+
+    shutil.rmtree(universal, ignore_errors=True)
+    (shards,) = folder.glob("global_step*")
+    words = {"input_folder": str(shards), "output_folder": str(universal / shards.name)}
+    options = {"num_extract_workers": 1, "num_merge_workers": 1, "keep_temp_folder": False}
+    (universal / shards.name).mkdir(parents=True)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            ds_to_universal.main(
+                Namespace(**words, **options, strict=True, inject_missing_state=True)
+            )
+    except Exception as error:
+        raise CheckpointError(
+            f"{folder} was written by another number of processes or ZeRO stage, and DeepSpeed's "
+            f"converter cannot read it: {error}. Go on with the layout that wrote it."
+        ) from error
+
+
+def _load_universal(engine: Any, universal: Path) -> None:
+    engine._config.load_universal_checkpoint = True
+    try:
+        loaded, _ = engine.load_checkpoint(
+            str(universal), load_optimizer_states=True, load_lr_scheduler_states=True
+        )
+    finally:
+        engine._config.load_universal_checkpoint = False
+    if loaded is None:
+        raise CheckpointError(f"DeepSpeed could not load the universal checkpoint in {universal}.")
