@@ -13,6 +13,7 @@ from pipeline.dropout.philox import permutation
 from pipeline.errors import DataError
 from pipeline.modality import MODALITIES, Modality
 from pipeline.modality.bundle import LabelNames
+from pipeline.modality.domains import domain_problems, with_domains
 from pipeline.sources import default_split, load_splits, num_shared, ranges_of, select
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ def load_raw(config: RunConfig) -> RawData:
         problems += _problems(
             modality, part, config.data.ood[name], None, False, f"data.ood.{name}"
         )
+    problems += domain_problems(rows, config, modality.one_sample_a_row)
     if modality.one_sample_a_row and "train" in rows:
         num_samples = min(len(rows["train"]), config.data.max_train_samples or len(rows["train"]))
         problems += _too_few(num_samples, config.train.global_batch_size)
@@ -83,7 +85,8 @@ def prepare_data(config: RunConfig, raw: RawData, tokenizer: Any) -> PreparedDat
     def prepare(
         rows: "Dataset", source: DataSource, names: LabelNames, limit: int | None
     ) -> "Dataset":
-        return modality.prepare(rows, source, config, tokenizer, names, max_samples=limit)
+        found = modality.prepare(rows, source, config, tokenizer, names, max_samples=limit)
+        return with_domains(found, rows, config)
 
     names, limit = raw.label_names, data.max_eval_samples
     notes = (*raw.notes, *modality.notes(tokenizer))
@@ -106,7 +109,7 @@ def fingerprint_of(parts: Mapping[str, "Dataset"]) -> str:
     whole = hashlib.sha256()
     for name, rows in parts.items():
         whole.update(f"{name}\0{len(rows)}\0".encode())
-        for column in ("sample_id", "input_ids", "labels"):
+        for column in ("sample_id", "input_ids", "labels", "domain"):
             if column in rows.column_names:
                 whole.update(column.encode() + _digest(rows, column))
     return whole.hexdigest()

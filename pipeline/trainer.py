@@ -111,7 +111,10 @@ class LockedTrainer(Trainer):
         self._sample_ids = inputs.pop("sample_id")
         self._step = int(inputs.pop("mask_step")[0])
         self.meter.count_tokens(inputs)
-        context = self.keyed.context(purpose="train", index=self._step, row_ids=self._sample_ids)
+        domains = inputs.pop("domain", None)
+        context = self.keyed.context(
+            purpose="train", index=self._step, row_ids=self._sample_ids, domains=domains
+        )
         with context as active:
             loss = super().training_step(model, inputs, num_items_in_batch)
         if not self._is_plan_proved:

@@ -12,6 +12,8 @@ from pipeline import parallel
 from pipeline.modality.bundle import Modality
 
 Batch = dict[str, Tensor]
+NOT_INPUTS = ("sample_id", "domain")
+"""What rows carry for masks, not for the model."""
 
 
 def validation_sums(
@@ -28,7 +30,7 @@ def validation_sums(
         for batch, counts in batches(rows, collate, batch_size):
             inputs = to_device(batch)
             labels = inputs.pop("labels")
-            inputs.pop("sample_id", None)
+            inputs = {name: value for name, value in inputs.items() if name not in NOT_INPUTS}
             sums = modality.eval_sums(model(**inputs).logits, labels)
             for name, value in sums.items():
                 totals[name] = totals.get(name, torch.zeros_like(value)) + value * counts

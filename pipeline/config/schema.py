@@ -85,6 +85,8 @@ class DataConfig(DataSource):
     """Use only this many training rows, chosen by key."""
     max_eval_samples: PositiveInt | None = None
     """Use only this many rows of each evaluation split, chosen by key."""
+    domain_column_name: str | None = None
+    """Column with the name of each row's domain, for `dropout.domains`."""
     ood: dict[str, DataSource] = {}
     """Named out-of-distribution sets, for the evaluation stage."""
 
@@ -290,6 +292,10 @@ class RunConfig(Section):
             )
         if self.dropout.adapter is not None and self.peft is None:
             problems.append("dropout.adapter needs a peft section")
+        if bool(self.dropout.domains) != (self.data.domain_column_name is not None):
+            problems.append(
+                "dropout.domains and data.domain_column_name go together: give both or neither"
+            )
         if problems:
             raise ValueError("; ".join(problems))
         return self

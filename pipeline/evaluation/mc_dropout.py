@@ -52,7 +52,11 @@ class MonteCarlo:
         self._is_audited = False
 
     def passes(
-        self, inputs: dict[str, Tensor], sample_ids: Tensor, body_output: Any = None
+        self,
+        inputs: dict[str, Tensor],
+        sample_ids: Tensor,
+        body_output: Any = None,
+        domains: Tensor | None = None,
     ) -> Iterator[Tensor]:
         """Logits of the T passes over one batch, one after the other.
 
@@ -60,21 +64,27 @@ class MonteCarlo:
             inputs: what the model takes, N rows.
             sample_ids: int64 [N]; with the pass they decide the masks.
             body_output: what `self.body` answered to the same inputs, to save running it.
+            domains: int64 [N], the rows' data domains, where these have rates of their own.
         """
         if not self._is_audited:
-            self._audit(inputs, sample_ids)
+            self._audit(inputs, sample_ids, domains)
         if self.body is None:
             for index in range(self.num_passes):
-                yield self._run(inputs, sample_ids, index)
+                yield self._run(inputs, sample_ids, index, domains)
         else:
             if body_output is None:
                 body_output = _output_of(self.body, self.keyed.model, inputs)
-            yield from self._head_passes(self.body, body_output, inputs, sample_ids)
+            yield from self._head_passes(self.body, body_output, inputs, sample_ids, domains)
 
     def _run(
-        self, inputs: dict[str, Tensor], row_ids: Tensor, index: int | Sequence[int]
+        self,
+        inputs: dict[str, Tensor],
+        row_ids: Tensor,
+        index: int | Sequence[int],
+        domains: Tensor | None,
     ) -> Tensor:
-        with self.keyed.context(purpose="mc", index=index, row_ids=row_ids) as active:
+        context = self.keyed.context(purpose="mc", index=index, row_ids=row_ids, domains=domains)
+        with context as active:
             logits = logits_of(self.keyed.model, inputs)
         missing = self.keyed.missing(active)
         if missing:
@@ -85,7 +95,12 @@ class MonteCarlo:
         return logits
 
     def _head_passes(
-        self, body: nn.Module, output: Any, inputs: dict[str, Tensor], sample_ids: Tensor
+        self,
+        body: nn.Module,
+        output: Any,
+        inputs: dict[str, Tensor],
+        sample_ids: Tensor,
+        domains: Tensor | None,
     ) -> Iterator[Tensor]:
         """The first pass alone, which shows how large its logits are; the others stacked."""
         num_rows, start, at_once = len(sample_ids), 0, 1
@@ -97,16 +112,17 @@ class MonteCarlo:
                     stacked,
                     sample_ids.repeat(len(passes)),
                     [index for index in passes for _ in range(num_rows)],
+                    None if domains is None else domains.repeat(len(passes)),
                 )
             one_pass = max(1, num_bytes(output), logits.nbytes // len(passes))
             start, at_once = passes.stop, max(1, _STACK_BYTES // one_pass)
             yield from logits.split(num_rows)
 
-    def _audit(self, inputs: dict[str, Tensor], sample_ids: Tensor) -> None:
+    def _audit(self, inputs: dict[str, Tensor], sample_ids: Tensor, domains: Tensor | None) -> None:
         """One pass under watch: what draws past the doors makes results that nobody can replay."""
         self._is_audited = True
         with audited(self.keyed.model) as leaks:
-            self._run(inputs, sample_ids, 0)
+            self._run(inputs, sample_ids, 0, domains)
         if not leaks:
             return
         message = (

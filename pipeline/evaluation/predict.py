@@ -124,7 +124,9 @@ class Predictor:
         return _PlainPass(logits, features, outputs[0] if outputs else None)
 
     def _passes(self, batch: dict[str, Tensor], plain: "_PlainPass") -> Iterator[Tensor]:
-        passes = self.monte_carlo.passes(_inputs(batch), batch["sample_id"], plain.body_output)
+        passes = self.monte_carlo.passes(
+            _inputs(batch), batch["sample_id"], plain.body_output, batch.get("domain")
+        )
         while True:
             started = time.perf_counter()
             logits = next(passes, None)
@@ -173,7 +175,8 @@ class _PlainPass:
 
 
 def _inputs(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value for name, value in batch.items() if name not in ("labels", "sample_id")}
+    aside = ("labels", "sample_id", "domain")
+    return {name: value for name, value in batch.items() if name not in aside}
 
 
 def _class_labels(batch: dict[str, Tensor]) -> Tensor:

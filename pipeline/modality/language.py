@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 PAD_MULTIPLE = 8  # widths that tensor cores and vector units like
 IN_MEMORY_BYTES = 2**30
+SCALARS = ("labels", "sample_id", "domain", "mask_step")  # one number a row
 
 
 def prepare_classification(
@@ -166,7 +167,7 @@ def _collate(
         batch["labels"] = [
             pad([losses.IGNORED, *row["input_ids"][1:]], losses.IGNORED) for row in features
         ]
-    scalars = [name for name in ("labels", "sample_id", "mask_step") if name in features[0]]
+    scalars = [name for name in SCALARS if name in features[0]]
     batch |= {name: [row[name] for row in features] for name in scalars}
     return {name: torch.tensor(values, dtype=torch.int64) for name, values in batch.items()}
 

@@ -13,6 +13,7 @@ from transformers.trainer_pt_utils import get_parameter_names
 from pipeline.config.schema import RunConfig
 from pipeline.data import TrainingStream
 from pipeline.dropout.context import KeyedDropout
+from pipeline.dropout.schedules import NO_DOMAIN
 from pipeline.train import Parts
 from pipeline.verify.compare import Record
 from pipeline.verify.probe import Probe
@@ -53,7 +54,8 @@ def one_step(model: nn.Module, keyed: KeyedDropout, rows: list[dict], step: int)
     total = 0.0
     for row in rows:
         ids = torch.tensor([row["sample_id"]])
-        with keyed.context(purpose="train", index=step, row_ids=ids):
+        domains = torch.tensor([row.get("domain", NO_DOMAIN)])
+        with keyed.context(purpose="train", index=step, row_ids=ids, domains=domains):
             logits = model(**inputs_of(row)).logits
             loss = summed_loss(logits, row) / items
             loss.backward()

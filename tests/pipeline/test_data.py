@@ -317,3 +317,17 @@ def test_a_stream_ends_and_refuses_fewer_rows_than_a_batch():
         TrainingStream(numbered(4), 0, 2, 2)[4]
     with pytest.raises(DataError, match="takes 5 samples, but there are only 4"):
         TrainingStream(numbered(4), 0, 2, 5)
+
+
+def test_prepared_rows_and_batches_carry_their_domain(tmp_path):
+    rows = rows_of([0, 1, 0, 1]) | {"source": ["web", "lab", "web", "x"]}
+    source = saved(tmp_path / "d", **dict.fromkeys(("train", "validation", "test"), rows))
+    whole = make_config(source, max_train_samples=3).model_dump()
+    whole["data"]["domain_column_name"] = "source"
+    whole["dropout"]["domains"] = {"lab": {"hidden": 0.2}, "web": {"hidden": 0.3}}
+    config = RunConfig.model_validate(whole)
+    data = prepare_data(config, load_raw(config), make_tokenizer())
+    code = [1, 0, 1, -1]
+    assert all(row["domain"] == code[row["sample_id"]] for row in data.train)
+    stream = TrainingStream(data.train, 7, 2, 2)
+    assert {"domain", "mask_step"} <= stream[0].keys()

@@ -68,7 +68,7 @@ def config_of(tmp_path) -> ConfigOf:
             name="small",
             seed=1234567,
             model=model,
-            data={"path": "unused", "max_length": 16},
+            data={"path": "unused", "max_length": 16, **sections.pop("data", {})},
             dropout=dropout or {},
         )
         if "peft" not in sections:
