@@ -217,6 +217,14 @@ class DropoutConfig(Section):
     """Before the classifier."""
     adapter: RoleDropout | None = None
     """Inside adapters (`lora_dropout`)."""
+    feature: RoleDropout | None = None
+    """On the projected features of audio (`feat_proj_dropout`)."""
+    layer: RoleDropout | None = None
+    """Whole layers left out (LayerDrop), one decision a step for all samples; in training and in Monte-Carlo passes."""
+    path: RoleDropout | None = None
+    """The path beside a residual connection dropped (stochastic depth, `DropPath`), one decision a sample; models with a rule by layer give it to the last one whole."""
+    spectrogram: RoleDropout | None = None
+    """Spans of time and of features masked in audio (SpecAugment): in training only."""
     insert: InsertConfig = InsertConfig()
     """Sites added to models that lack them."""
     overrides: dict[str, Rate] = {}

@@ -7,23 +7,34 @@ mode: nothing draws in secret.
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from pipeline.dropout import doors
 from pipeline.dropout.key import derive_keys, signed
+from pipeline.dropout.layer_drop import LAYER, open_layers, stacks_keep_layers
 from pipeline.dropout.masks import ActiveMasks, SiteCall, SiteMask
 from pipeline.dropout.plan import DropoutPlan
 from pipeline.dropout.positions import StackInputs, is_stack
 from pipeline.dropout.schedules import Limits, done_at, limits_at
+from pipeline.dropout.spectrogram import (
+    SPECTROGRAM,
+    SpanMask,
+    SpanRequest,
+    modelling_files,
+    open_features,
+    spans_by,
+)
 from pipeline.errors import DropoutError, LeakError
 
 __all__ = ["ActiveMasks", "KeyedDropout", "Observer"]
 
-Observer = Callable[[SiteMask, ActiveMasks, Tensor, Tensor], None]
+Observer = Callable[[SiteMask | SpanMask, ActiveMasks, Tensor, Tensor], None]
 """Told of every draw before it happens: site, coordinates in force, key, tensor."""
 
 
@@ -49,9 +60,14 @@ class KeyedDropout:
         self._known = {(site.door, site.site, site.call) for site in plan.sites}
         self._checkpointed = [m for m in self._names if hasattr(m, "gradient_checkpointing")]
         inserted = {site.site for site in plan.sites if site.door == doors.INSERTED}
+        planned = {site.door for site in plan.sites}
+        self._has_layer_drop = LAYER in planned
+        self._span_files = modelling_files(self._names) if SPECTROGRAM in planned else []
         self._undo = [
             doors.open_modules(self._names, self._draw),
             doors.open_inserted(self._names, inserted, self._draw),
+            open_layers(self._names, {s.site for s in plan.in_force(LAYER)}, self._leaves_out),
+            open_features(self._names if self._span_files else {}),
             self._watch_calls({site.site for site in plan.sites}),
             lambda: doors.unwrap_checkpointing(self._checkpointed),
         ]
@@ -88,7 +104,7 @@ class KeyedDropout:
 
     def missing(self, active: ActiveMasks) -> list[str]:
         """Planned sites that have not drawn in a context, as `site#call`."""
-        return [f"{key[1]}#{key[2]}" for key in self._live if key not in active.drawn]
+        return [f"{key[1]}#{key[2]}" for key in active.keys if key not in active.drawn]
 
     # -- opening ---------------------------------------------------------------------------------
 
@@ -143,7 +159,12 @@ class KeyedDropout:
         previous = self._active()
         self._local.active = active
         try:
-            with doors.open_functional(self._find):
+            with ExitStack() as opened:
+                opened.enter_context(doors.open_functional(self._find))
+                if self._has_layer_drop:
+                    opened.enter_context(stacks_keep_layers(self._names, self._stack_draws))
+                if self._span_files:
+                    opened.enter_context(spans_by(self._span_files, self._names, self._spans))
                 yield
         finally:
             self._local.active = previous
@@ -153,16 +174,26 @@ class KeyedDropout:
         return None if name is None else (name, self._draw)
 
     def _keys(self, purpose: str, index: int | Sequence[int]) -> dict[SiteCall, Tensor]:
-        """The key of every live site: one for all rows, or one a row."""
+        """The key of every site that is live in this purpose: one for all rows, or one a row."""
+        spans = [key for key in self._live if key[0] == SPECTROGRAM]
+        masks = [key for key in self._live if key[0] != SPECTROGRAM]
+        found = self._keys_of(masks, purpose, index)
+        if purpose == "train":  # spans are augmentation: Monte-Carlo passes leave them out
+            found |= self._keys_of(spans, "augment", index)
+        return found
+
+    def _keys_of(
+        self, live: list[SiteCall], purpose: str, index: int | Sequence[int]
+    ) -> dict[SiteCall, Tensor]:
         indices = [index] if isinstance(index, int) else list(index)
         unique = sorted(set(indices))
-        sites = [(m.site.variant, m.site.site, m.site.call) for m in self._live.values()]
+        sites = [(self._live[key].site.variant, key[1], key[2]) for key in live]
         by_index = [
             [signed(key) for key in derive_keys(self.seed, purpose, i, sites)] for i in unique
         ]
         table = torch.tensor(by_index, dtype=torch.int64).T.reshape(len(sites), len(unique))
         place = torch.tensor([unique.index(i) for i in indices])
-        return dict(zip(self._live, table[:, place], strict=True))
+        return dict(zip(live, table[:, place], strict=True))
 
     def _limits(
         self, purpose: str, index: int | Sequence[int], domains: Tensor | None
@@ -199,38 +230,74 @@ class KeyedDropout:
     # -- one draw --------------------------------------------------------------------------------
 
     def _draw(self, door: str, site: str, x: Tensor, rate: float) -> Tensor:
+        found = self._claim(door, site, rate)
+        if found is None:
+            return x
+        mask, active, key = found
+        if self.observer is not None:
+            self.observer(mask, active, key, x)
+        return mask.apply(active, key, x)
+
+    def _leaves_out(self, layer: str) -> Tensor | None:
+        """LayerDrop: which rows leave this layer out, None where none does."""
+        active = self._active()
+        ones = torch.ones(1 if active is None else len(active.row_ids))
+        kept = self._draw(LAYER, layer, ones, self._live[LAYER, layer, 0].site.rate) > 0
+        if bool(kept.all()):
+            return None
+        if active is not None and not bool(kept.any()):  # what is inside has no need to draw
+            active.drawn.update(key for key in self._live if key[1].startswith(f"{layer}."))
+            active.drawn.update(key for key in self._live if key[1] == layer)
+        return ~kept
+
+    def _stack_draws(self, layer: str, rate: float) -> None:
+        self._not_in_force((LAYER, layer, 0), rate)
+
+    def _spans(self, site: str, asked: SpanRequest) -> NDArray[np.bool_]:
+        """SpecAugment: where the features of each row are masked."""
+        ones = torch.ones(asked.shape)
+        found = self._claim(SPECTROGRAM, site, asked.rate)
+        if found is None:
+            return np.zeros(asked.shape, dtype=bool)
+        mask, active, key = found
+        spans = SpanMask(mask.site, asked, mask.variant, mask.rates(active).tolist())
+        if self.observer is not None:
+            self.observer(spans, active, key, ones)
+        return (spans.apply(active, key, ones) == 0).numpy()
+
+    def _claim(
+        self, door: str, site: str, rate: float
+    ) -> tuple[SiteMask, ActiveMasks, Tensor] | None:
+        """The mask that this call draws, with its coordinates; None where it draws none."""
         active = self._active()
         if active is None:
-            return self._without_context(site, x, rate)
+            self._without_context(site, rate)
+            return None
         key = (door, site, active.next_call(door, site))
-        mask = self._live.get(key)
-        if mask is None:
-            return self._not_in_force(key, x, rate)
+        if key not in active.keys:
+            self._not_in_force(key, rate)
+            return None
         if doors.in_backward() and not active.recomputing:
             raise LeakError(
                 f"Site {site}#{key[2]} draws inside backward, in a recompute that was not "
                 "captured. Use the model's own checkpointing (train.gradient_checkpointing)."
             )
         active.drawn.add(key)
-        if self.observer is not None:
-            self.observer(mask, active, active.keys[key], x)
-        return mask.apply(active, active.keys[key], x)
+        return self._live[key], active, active.keys[key]
 
-    def _without_context(self, site: str, x: Tensor, rate: float) -> Tensor:
+    def _without_context(self, site: str, rate: float) -> None:
         if rate > 0 and self.model.training:
             raise LeakError(
                 f"Site {site} was asked to drop outside a mask context. Wrap forward and backward "
                 "in `keyed.context(...)`, or call model.eval()."
             )
-        return x
 
-    def _not_in_force(self, key: SiteCall, x: Tensor, rate: float) -> Tensor:
+    def _not_in_force(self, key: SiteCall, rate: float) -> None:
         if key not in self._known and rate > 0 and self.model.training:
             raise LeakError(
                 f"Site {key[1]}#{key[2]} dropped with rate {rate} but is not in the dropout plan; "
                 "`masklock plan` lists what is."
             )
-        return x
 
 
 def _check(plan: DropoutPlan, names: dict[nn.Module, str]) -> None:
@@ -246,8 +313,9 @@ def _check(plan: DropoutPlan, names: dict[nn.Module, str]) -> None:
             f"{', '.join(absent[:5])}. The plan was made for another model: delete the run folder, "
             "or use the configuration it came from."
         )
-    dropouts = {name for module, name in names.items() if isinstance(module, nn.Dropout)}
-    wrong = [s.site for s in plan.in_force(doors.MODULE) if s.site not in dropouts]
+    dropouts = {n for m, n in names.items() if isinstance(m, nn.Dropout) or doors.is_path(m)}
+    planned = plan.in_force(doors.MODULE) + plan.in_force(doors.PATH)
+    wrong = [s.site for s in planned if s.site not in dropouts]
     if wrong:
         raise DropoutError(
             "Planned dropout modules are missing from the model (it was built with rate 0): "

@@ -77,7 +77,7 @@ def open_modules(names: dict[nn.Module, str], draw: Draw) -> Callable[[], None]:
             module.__dict__["masklock_site"] = name
             original: Any = type(module)
             mixin = _KeyedModule if is_dropout else _KeyedPath
-            module.__class__ = _keyed_class(original, mixin)  # type: ignore[assignment]
+            module.__class__ = _keyed_class(original, mixin)
             swapped.append(module)
 
     def close() -> None:

@@ -64,9 +64,7 @@ def _layer_about_to_run(frame: Any, names: dict[nn.Module, str]) -> tuple[str, f
     stack = frame.f_locals.get("self")
     if attribute is None or not isinstance(stack, nn.Module) or stack not in names:
         return None
-    rate = getattr(stack, attribute, None)
-    if rate is None:
-        rate = getattr(getattr(stack, "config", None), attribute, 0.0)
+    rate: Any = getattr(stack if hasattr(stack, attribute) else stack.config, attribute)
     local = [value for value in frame.f_locals.values() if isinstance(value, nn.Module)]
     layers = [names[m] for m in local if m is not stack and m in names]
     return (layers[-1], float(rate)) if layers else None
@@ -150,4 +148,5 @@ def left_out(x: Tensor, layer: nn.Module) -> Tensor:
     """
     if not torch.is_grad_enabled():
         return x
-    return _LeftOut.apply(x, *(p for p in layer.parameters() if p.requires_grad))
+    same: Tensor = _LeftOut.apply(x, *(p for p in layer.parameters() if p.requires_grad))
+    return same

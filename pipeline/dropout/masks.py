@@ -10,11 +10,13 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from pipeline.dropout.decisions import drop_paths, dropped, dropped_steps
 from pipeline.dropout.kernels import keyed_attention, keyed_rows
-from pipeline.dropout.philox import scale, threshold
+from pipeline.dropout.key import STEP_ROW_ID, signed
+from pipeline.dropout.philox import NUM_LANES, scale, threshold
 from pipeline.dropout.positions import StackInputs
 from pipeline.dropout.schedules import Limits
-from pipeline.dropout.sites import Site, is_cross_attention
+from pipeline.dropout.sites import SHARED, Site, is_cross_attention
 from pipeline.dropout.variants import SHARED_POSITION, find_variant
 from pipeline.errors import DropoutError
 
@@ -79,6 +81,7 @@ class SiteMask:
         self.variant = find_variant(site.variant)
         self.is_cross_attention = is_cross_attention(site.site)
         self.has_positions = len(site.shape) > 1
+        self.is_shared = site.layout == SHARED
 
     def apply(self, active: ActiveMasks, key: Tensor, x: Tensor) -> Tensor:
         """Mask one tensor.
@@ -89,18 +92,46 @@ class SiteMask:
             x: `[B x m, ..., D]`, or attention probabilities `[B, H, Q, K]` or `[B x H, Q, K]`.
         """
         num_rows = active.row_ids.shape[0]
+        if self.is_shared:
+            return self._shared(active, key, x)
         if x.shape[0] % num_rows:
             raise DropoutError(
                 f"Site {self.site.site}: a tensor of shape {tuple(x.shape)} does not divide into "
                 f"the {num_rows} rows of this batch; the sample axis cannot be found."
             )
+        if self.variant.kernel == "scalar":
+            return self._whole(active, key, x)
         is_attention = self.variant.kernel == "attention"
         return (self._attention if is_attention else self._rows)(active, key, x)
 
     def attended(self, active: ActiveMasks) -> Tensor | None:
         """Which tokens of the stack around the site are no padding, `[B, T]`; None: all of them."""
-        inputs = self._stack(active)
+        inputs = None if self.is_shared else self._stack(active)
         return None if inputs is None else inputs.attention_mask
+
+    def _shared(self, active: ActiveMasks, key: Tensor, x: Tensor) -> Tensor:
+        """One mask for all samples of a step: `[..., D]` without an axis of samples."""
+        if len(key.unique()) > 1:
+            raise DropoutError(
+                f"Site {self.site.site} has one mask for all samples of a batch, which cannot hold "
+                "the rows of several passes. Run one pass at a time."
+            )
+        step = replace(active, row_ids=torch.tensor([signed(STEP_ROW_ID)]), stacks={})
+        return self._rows(step, key[:1], x[None])[0]
+
+    def _whole(self, active: ActiveMasks, key: Tensor, x: Tensor) -> Tensor:
+        """One decision a sample (path) or a step (layer)."""
+        rates = self.rates(active)
+        if self.variant.whole_step:
+            is_dropped = dropped_steps(key, rates).expand(len(active.row_ids))
+            return x.masked_fill(is_dropped.to(x.device), 0.0)
+        return drop_paths(x, dropped(key, active.row_ids, rates), rates)
+
+    def rates(self, active: ActiveMasks) -> Tensor:
+        """The rate in force, float64 `[1]` or `[B]`."""
+        if self.call in active.limits:
+            return active.limits[self.call][0][:, 0].double() / NUM_LANES
+        return torch.tensor([self.site.rate], dtype=torch.float64)
 
     def _rows(self, active: ActiveMasks, key: Tensor, x: Tensor) -> Tensor:
         B, D = active.row_ids.shape[0], x.shape[-1]
@@ -114,10 +145,23 @@ class SiteMask:
 
     def _attention(self, active: ActiveMasks, key: Tensor, x: Tensor) -> Tensor:
         B, (Q, K) = active.row_ids.shape[0], x.shape[-2:]
+        if x.dim() == 4 and x.shape[0] > B:
+            return self._windows(active, key, x)
         queries, keys = self._attention_positions(active, Q, K, x.device)
         per_row = self._per_row(active, key, queries.expand(B, Q), Q, x.device)
         ids = (*per_row[:3], keys.expand(B, K), *per_row[3:])
         return keyed_attention(x.reshape(B, -1, Q, K), *ids).view(x.shape)
+
+    def _windows(self, active: ActiveMasks, key: Tensor, x: Tensor) -> Tensor:
+        """Attention inside windows, `[B x m, H, Q, K]`: a window's number joins the position."""
+        B, (Q, K) = active.row_ids.shape[0], x.shape[-2:]
+        m = x.shape[0] // B
+        nowhere = torch.zeros(B, 1, dtype=torch.int64, device=x.device)
+        per_sample = self._per_row(active, key, nowhere, 1, x.device)
+        keys, ids, _, t, s = (p.repeat_interleave(m, 0).expand(-1, Q) for p in per_sample)
+        window = torch.arange(m, device=x.device).repeat(B)[:, None]
+        queries, places = (window * size + torch.arange(size).to(window) for size in (Q, K))
+        return keyed_attention(x, keys, ids, queries, places, t, s)
 
     def _per_row(
         self, active: ActiveMasks, key: Tensor, positions: Tensor, length: int, device: torch.device

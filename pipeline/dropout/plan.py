@@ -19,7 +19,14 @@ from pipeline.dropout import doors
 from pipeline.dropout.audit import Leak
 from pipeline.dropout.positions import is_stack
 from pipeline.dropout.rates import problems_of, with_rates
-from pipeline.dropout.sites import ROLE_OF_ATTRIBUTE, SAMPLE_FIRST, Site, role_of
+from pipeline.dropout.sites import (
+    ROLE_OF_ATTRIBUTE,
+    ROLE_OF_DOOR,
+    SAMPLE_FIRST,
+    SHARED,
+    Site,
+    role_of,
+)
 from pipeline.dropout.trace import Call, trace
 from pipeline.errors import DropoutError, RunFolderError
 
@@ -174,7 +181,15 @@ class _Traces:
 
     def attribute(self, call: Call) -> str | None:
         """The field that a call's rate comes from."""
+        if call.door == doors.PATH:  # a share of its field's rate, which no other door reads
+            paths = (n for n in self.tags if ROLE_OF_ATTRIBUTE[_field_name(n)] == "path")
+            return next(paths, None)
         return next((name for name, tag in self.tags.items() if tag == call.rate), None)
+
+    def share(self, call: Call) -> float:
+        """The part of its field's rate that the model gives this call."""
+        attribute = self.attribute(call)
+        return round(call.rate / self.tags[attribute], 9) if attribute is not None else 1.0
 
     def is_first_of_stack(self, call: Call) -> bool:
         """Whether a stack draws here itself, before all its other sites: on its embeddings."""
@@ -207,26 +222,29 @@ def _trace_thrice(blueprint: Blueprint, config: DropoutConfig) -> _Traces:
 def _site_of(call: Call, traces: _Traces, blueprint: Blueprint) -> Site:
     """A traced call as a site, at its own rate."""
     shape, second = call.shape, traces.second_shapes.get(_key(call))
-    if shape[0] % _FIRST[0] == 0 and shape[0] > _FIRST[0]:
+    if shape == second:  # no axis of samples
+        shape = (1, *shape)
+    if shape and shape[0] % _FIRST[0] == 0 and shape[0] > _FIRST[0]:
         shape = (_FIRST[0], shape[0] // _FIRST[0], *shape[1:])
     role = traces.inserted.get(call.site) if call.door == doors.INSERTED else None
-    role = role or _role(call, shape[1:], traces, blueprint)
+    role = role or ROLE_OF_DOOR.get(call.door) or _role(call, shape[1:], traces, blueprint)
     return Site(
         site=call.site,
         call=call.call,
         door=call.door,
         role=role,
-        variant="attention" if role == "attention" else "element",
+        variant=role if role == "attention" or call.door in ROLE_OF_DOOR else "element",
         rate=traces.own_rates.get(_key(call), 0.0),
         in_force=False,
         reason="",
         layout=_layout(call.shape, second, role),
         shape=shape[1:],
+        share=traces.share(call),
     )
 
 
 def _role(call: Call, shape: tuple[int, ...], traces: _Traces, blueprint: Blueprint) -> str:
-    attribute = (traces.attribute(call) or "").rpartition(".")[2]
+    attribute = _field_name(traces.attribute(call))
     is_folded = len(shape) == len(call.shape) == 3  # older attention: [samples x heads, Q, K]
     is_attention_rate = ROLE_OF_ATTRIBUTE.get(attribute) == "attention"
     body = blueprint.body_prefix
@@ -238,6 +256,11 @@ def _role(call: Call, shape: tuple[int, ...], traces: _Traces, blueprint: Bluepr
         is_outside_body=blueprint.has_classification_head and not is_in_body,
         is_first_of_stack=traces.is_first_of_stack(call),
     )
+
+
+def _field_name(attribute: str | None) -> str:
+    """`drop_path_rate` of `backbone_config.drop_path_rate`."""
+    return (attribute or "").rpartition(".")[2]
 
 
 def _key(call: Call) -> SiteCall:
@@ -258,15 +281,19 @@ def _layout(first: tuple[int, ...], second: tuple[int, ...] | None, role: str) -
     (B1, T1), (B2, T2) = _FIRST, _SECOND
     if second is None or len(second) != len(first):
         return "its calls depend on the batch"
+    if role in ("layer", "spectrogram"):
+        return SAMPLE_FIRST
+    if first == second:
+        return SHARED
     if first[1:2] == (B1,) and second[1:2] == (B2,):
         return "the sample is its second axis (time-major)"
     (m1, rest1), (m2, rest2) = divmod(first[0], B1), divmod(second[0], B2)
     if rest1 or rest2 or (m1 != m2 and m1 * T2 != m2 * T1):
         return f"its mask, of shape {first}, is shared by samples"
     if role == "attention":
-        if (first[-2:], second[-2:]) != ((T1, T1), (T2, T2)):
+        if first[-1] != first[-2] or second[-1] != second[-2]:
             return f"its shape {first} is not (samples, heads, queries, keys)"
-    elif first[-1] != second[-1]:
+    elif role != "path" and first[-1] != second[-1]:
         return f"the last axis of its shape {first} is the sequence, not features"
     return SAMPLE_FIRST
 

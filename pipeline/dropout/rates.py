@@ -13,7 +13,7 @@ from pipeline.config.schema import DropoutConfig
 from pipeline.dropout.audit import Leak
 from pipeline.dropout.doors import INSERTED
 from pipeline.dropout.schedules import depth_share, layer_counts, layer_of
-from pipeline.dropout.sites import SAMPLE_FIRST, Site
+from pipeline.dropout.sites import ROLE_OF_DOOR, SAMPLE_FIRST, SHARED, Site
 
 
 def with_rates(sites: Sequence[Site], config: DropoutConfig) -> tuple[Site, ...]:
@@ -33,10 +33,14 @@ def given_for(site: Site, config: DropoutConfig) -> RoleDropout | None:
 def _with_rate(site: Site, config: DropoutConfig, counts: Mapping[str, int]) -> Site:
     given = given_for(site, config) or RoleDropout()
     share = depth_share(given.depth, site.site, counts)
-    full = site.rate if given.rate is None else given.rate
+    full = site.rate if given.rate is None else _shared_out(given.rate, site.share)
     rate, learned = full * share, given.learned
     of_domains = {name: rates.get(site.role) for name, rates in config.domains.items()}
-    domains = {name: own * share for name, own in of_domains.items() if own is not None}
+    domains = {
+        name: _shared_out(own, site.share) * share
+        for name, own in of_domains.items()
+        if own is not None
+    }
     for pattern, override in config.overrides.items():
         if _matches(pattern, site):
             rate, domains, learned = override, {}, False
@@ -53,6 +57,11 @@ def _with_rate(site: Site, config: DropoutConfig, counts: Mapping[str, int]) -> 
         domains=tuple(sorted(domains.items())),
         learned=learned,
     )
+
+
+def _shared_out(rate: float, share: float) -> float:
+    """A role's rate where the model's own rule gives the site a part of it."""
+    return rate if share == 1 else round(rate * share, 6)
 
 
 def problems_of(
@@ -98,6 +107,8 @@ def _hint(role: str) -> str:
         return f"; to add it, use dropout.insert.{role}"
     if role == "adapter":
         return "; it needs a peft method with lora_dropout"
+    if role == "spectrogram":
+        return "; it needs an audio model with apply_spec_augment"
     return ""
 
 
@@ -112,6 +123,18 @@ def _insertions_without_modules(sites: Sequence[Site], config: DropoutConfig) ->
 
 
 def _wrong_variants(config: DropoutConfig) -> list[str]:
+    whole = [(role, config.by_role()[role]) for role in ROLE_OF_DOOR if role in config.by_role()]
+    problems = [
+        f"dropout.{role} takes a rate, depth and progress, but was given "
+        f"{'learned' if asked.learned else 'a variant'}: what it drops is no tensor's entries. "
+        "Leave it out."
+        for role, asked in whole
+        if asked.learned or asked.variant is not None
+    ]
+    return problems + _wrong_for_attention(config)
+
+
+def _wrong_for_attention(config: DropoutConfig) -> list[str]:
     given = config.by_role().get("attention")
     if given is None or (given.variant is None and not given.learned):
         return []
@@ -165,7 +188,7 @@ def _sites_that_cannot(sites: Sequence[Site], attention_refusal: str) -> list[st
         f"site {s.site}#{s.call} (rate {s.highest_rate:g}) cannot be locked to samples: "
         f'{s.layout}; set its rate to 0 (dropout.overrides: {{"{s.site}#{s.call}": 0}}).'
         for s in live
-        if s.layout != SAMPLE_FIRST
+        if s.layout not in (SAMPLE_FIRST, SHARED)
     ]
     attention = [site.highest_rate for site in live if site.role == "attention"]
     if attention and attention_refusal:

@@ -41,9 +41,19 @@ ROLE_OF_ATTRIBUTE = {
     "pooler_dropout": "head",
     "final_dropout": "head",
     "lora_dropout": "adapter",
+    "feat_proj_dropout": "feature",
+    "layerdrop": "layer",
+    "encoder_layerdrop": "layer",
+    "decoder_layerdrop": "layer",
+    "speech_encoder_layerdrop": "layer",
+    "drop_path_rate": "path",
+    "mask_time_prob": "spectrogram",
+    "mask_feature_prob": "spectrogram",
 }
 
-SAMPLE_FIRST = "sample-first"
+SAMPLE_FIRST, SHARED = "sample-first", "shared"
+ROLE_OF_DOOR = {"layer": "layer", "path": "path", "spectrogram": "spectrogram"}
+"""Doors that let in one role only, which is also what they draw."""
 
 _EMBEDDING = re.compile(r"(^|\.)(embeddings?|embed_tokens|emb_dropout|wte|drop)(\.|$)")
 _FEED_FORWARD = re.compile(r"(^|\.)(DenseReluDense|dense_relu_dense)(\.|$)")
@@ -63,7 +73,8 @@ class Site:
     site: str
     call: int
     door: str
-    """`module` (nn.Dropout), `functional` (nn.functional.dropout) or `inserted`."""
+    """`module` (nn.Dropout), `functional` (nn.functional.dropout), `inserted`, `path`, `layer` or
+    `spectrogram`."""
     role: str
     variant: str
     rate: float
@@ -71,9 +82,12 @@ class Site:
     reason: str
     """Why the site is not in force; empty when it is."""
     layout: str
-    """`sample-first`, or why the tensor's entries cannot be mapped to samples."""
+    """`sample-first`; `shared` where samples have one mask together, keyed by the step; or why the
+    tensor's entries cannot be mapped to samples."""
     shape: tuple[int, ...]
     """Shape of one sample's tensor: `(positions, features)`, `(heads, queries, keys)`, ..."""
+    share: float = 1.0
+    """Part of its role's rate that the model gives it: `DropPath` rises from layer to layer."""
     block_size: int = 1
     """Features under one decision, for the variant `block`."""
     progress: str = "constant"
@@ -128,7 +142,7 @@ def role_of(
         is_first_of_stack: whether the stack itself calls it, before all its other sites.
     """
     role = ROLE_OF_ATTRIBUTE.get(attribute, "hidden")
-    if role in ("adapter", "head", "embedding", "activation"):
+    if role in ("adapter", "head", "embedding", "activation", "feature"):
         return role
     if has_heads:
         return "attention"

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -61,7 +61,7 @@ Spans = Callable[[str, SpanRequest], NDArray[np.bool_]]
 
 
 def keyed_spans(
-    request: SpanRequest, keys: list[int], row_ids: list[int], rate: float
+    request: SpanRequest, keys: list[int], row_ids: list[int], rates: list[float]
 ) -> NDArray[np.bool_]:
     """The masked places of every sample of a request.
 
@@ -69,11 +69,11 @@ def keyed_spans(
         request: what the model asks for.
         keys: unsigned, one a sample.
         row_ids: unsigned, one a sample.
-        rate: the plan's rate, in place of the request's.
+        rates: the plan's, in place of the request's; one a sample.
     """
     masked = np.zeros(request.shape, dtype=bool)
-    samples = zip(masked, request.extents(), keys, row_ids, strict=True)
-    for row, (first, length), key, row_id in samples:
+    samples = zip(masked, request.extents(), keys, row_ids, rates, strict=True)
+    for row, (first, length), key, row_id, rate in samples:
         for start in span_starts(request, length, key, row_id, rate):
             row[first + start : first + start + request.mask_length] = True
     return masked
@@ -110,6 +110,9 @@ class SpanMask:
     site: Site
     asked: SpanRequest
     variant: Variant
+    rates: list[float]
+    """One for all samples, or one a sample."""
+    is_shared: ClassVar[bool] = False
 
     def attended(self, active: Any) -> Tensor | None:
         """Which places of the axis are no padding; None: all of them."""
@@ -117,9 +120,10 @@ class SpanMask:
 
     def apply(self, active: Any, key: Tensor, x: Tensor) -> Tensor:
         """Zero what lies in the spans of each sample, `[samples, length]`."""
-        keys = key.expand(len(active.row_ids))
-        ids = [[value % 2**64 for value in part.tolist()] for part in (keys, active.row_ids)]
-        masked = torch.from_numpy(keyed_spans(self.asked, *ids, self.site.rate))
+        keys = [value % 2**64 for value in key.expand(len(active.row_ids)).tolist()]
+        row_ids = [value % 2**64 for value in active.row_ids.tolist()]
+        rates = self.rates if len(self.rates) > 1 else self.rates * len(row_ids)
+        masked = torch.from_numpy(keyed_spans(self.asked, keys, row_ids, rates))
         return x.masked_fill(masked.to(x.device), 0.0)
 
 
@@ -144,7 +148,7 @@ def _replacement(original: Any, names: dict[nn.Module, str], spans: Spans) -> An
         owner = sys._getframe(1).f_locals.get("self")
         if not isinstance(owner, nn.Module) or owner not in names:
             return original(shape, mask_prob, mask_length, attention_mask, min_masks)
-        asked = SpanRequest(tuple(shape), mask_prob, mask_length, min_masks, attention_mask)
+        asked = SpanRequest((shape[0], shape[1]), mask_prob, mask_length, min_masks, attention_mask)
         return spans(names[owner], asked)
 
     return compute_mask_indices
@@ -167,6 +171,7 @@ def _on_a_copy(module: nn.Module) -> Callable[..., Tensor]:
     def mask_input_features(input_features: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if module.training and torch.is_tensor(input_features):
             input_features = input_features.clone()
-        return getattr(type(module), _FEATURES)(module, input_features, *args, **kwargs)
+        original: Callable[..., Tensor] = getattr(type(module), _FEATURES)
+        return original(module, input_features, *args, **kwargs)
 
     return mask_input_features

@@ -9,10 +9,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 
 from pipeline.dropout import doors
 from pipeline.dropout.audit import Leak, audited
+from pipeline.dropout.layer_drop import LAYER, stacks_keep_layers
+from pipeline.dropout.spectrogram import (
+    SPECTROGRAM,
+    SpanRequest,
+    modelling_files,
+    spans_by,
+)
 from pipeline.errors import DropoutError
 
 
@@ -73,10 +82,23 @@ def _opened(names: dict[nn.Module, str], inserted: set[str], record: doors.Draw)
         doors.open_inserted(names, inserted, record),
     ]
     try:
-        with doors.open_functional(
-            lambda module: (names[module], record) if module in names else None
+        with (
+            doors.open_functional(
+                lambda module: (names[module], record) if module in names else None
+            ),
+            stacks_keep_layers(names, lambda site, rate: _record_layer(record, site, rate)),
+            spans_by(modelling_files(names), names, lambda *asked: _record_spans(record, *asked)),
         ):
             yield
     finally:
         for close in reversed(undo):
             close()
+
+
+def _record_layer(record: doors.Draw, site: str, rate: float) -> None:
+    record(LAYER, site, torch.ones(()), rate)
+
+
+def _record_spans(record: doors.Draw, site: str, asked: SpanRequest) -> Any:
+    record(SPECTROGRAM, site, torch.ones(asked.shape), asked.rate)
+    return np.zeros(asked.shape, dtype=bool)

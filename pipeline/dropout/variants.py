@@ -16,7 +16,8 @@ class Variant:
 
     Args:
         name: its name in the key and in configurations.
-        kernel: `rows` and `attention` mask tensors, `scalar` makes one decision by `uniform`.
+        kernel: `rows` and `attention` mask tensors, `scalar` makes one decision by `uniform`,
+            `spans` chooses spans of an axis.
         group: number of neighbouring features under one decision, from (features, block size).
         needs_block_size: the group is a choice.
         shared_position: one mask for all positions of a row.
@@ -24,7 +25,7 @@ class Variant:
     """
 
     name: str
-    kernel: Literal["rows", "attention", "scalar"] = "rows"
+    kernel: Literal["rows", "attention", "scalar", "spans"] = "rows"
     group: Callable[[int, int], int] = lambda features, block_size: 1
     needs_block_size: bool = False
     shared_position: bool = False
@@ -61,5 +62,6 @@ for _variant in (
     Variant("attention", kernel="attention"),
     Variant("path", kernel="scalar"),
     Variant("layer", kernel="scalar", whole_step=True),
+    Variant("spectrogram", kernel="spans"),
 ):
     register(_variant)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pipeline.dropout.masks import ActiveMasks, SiteMask
+from pipeline.dropout.spectrogram import SpanMask
 
 Digests = dict[str, dict[str, dict[str, str]]]
 """step -> site#call (variant) -> sample id -> digest of the mask's bits."""
@@ -28,12 +29,16 @@ class Probe:
     changed: list[str] = field(default_factory=list)
     """Draws of the same coordinates that differed, such as a recompute's."""
 
-    def observe(self, mask: SiteMask, active: ActiveMasks, key: Tensor, x: Tensor) -> None:
+    def observe(
+        self, mask: SiteMask | SpanMask, active: ActiveMasks, key: Tensor, x: Tensor
+    ) -> None:
         """A site draws: draw the same mask over ones, and keep a digest for each sample."""
         bits = mask.apply(active, key, torch.ones_like(x, dtype=torch.float32)).detach() > 0
         attended = mask.attended(active)
         site = f"{mask.site.site}#{mask.site.call} ({mask.site.variant})"
         seen = self.masks.setdefault(str(active.index), {}).setdefault(site, {})
+        if mask.is_shared:  # all samples of a step have this one
+            bits = bits.expand(active.row_ids.shape[0], *bits.shape)
         per_sample = bits.reshape(active.row_ids.shape[0], -1, *bits.shape[1:])
         for place, sample in enumerate(active.row_ids.tolist()):
             digest = _digest(_own_tokens(per_sample[place], attended, place, mask))
@@ -45,7 +50,9 @@ class Probe:
         path.write_text(json.dumps({"masks": self.masks, "changed": self.changed, **facts}))
 
 
-def _own_tokens(bits: Tensor, attended: Tensor | None, place: int, mask: SiteMask) -> Tensor:
+def _own_tokens(
+    bits: Tensor, attended: Tensor | None, place: int, mask: SiteMask | SpanMask
+) -> Tensor:
     """Bits of one sample `[m, ..., D]` without those of padding."""
     if attended is None:
         return bits

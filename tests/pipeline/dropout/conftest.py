@@ -36,6 +36,7 @@ SMALL: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": (G, LLAMA),
     "qwen3": (G, LLAMA | {"head_dim": 8}),
     "mistral": (G, LLAMA),
+    "mixtral": (G, LLAMA | {"num_local_experts": 2, "head_dim": 8}),
     "gemma3_text": (G, LLAMA | {"head_dim": 8}),
     "opt": (G, {k: v for k, v in BERT.items() if k != "intermediate_size"} | {"ffn_dim": 40}),
     "bart": (C, BART),

@@ -3,12 +3,14 @@
 import json
 
 import pytest
+import torch
 
 from pipeline.dropout.plan import DropoutPlan
 from pipeline.errors import DropoutError
 from pipeline.model import plan_for
 
 LETTERS = {"embedding": "E", "hidden": "H", "activation": "A", "attention": "P", "head": "C"}
+LETTERS["layer"] = "L"
 
 # By hand, from the modelling files: `site#call role`, in the order of the forward pass.
 SITES = {
@@ -40,11 +42,13 @@ SITES = {
     "qwen3": "model.layers.0.self_attn#0 P",
     "mistral": "model.layers.0.self_attn#0 P",
     "gemma3_text": "model.layers.0.self_attn#0 P",
-    "opt": """model.decoder.layers.0.self_attn#0 P, model.decoder.layers.0#0 H,
-        model.decoder.layers.0#1 H""",
-    "bart": """model.encoder#0 E, model.encoder.layers.0.self_attn#0 P,
+    "opt": """model.decoder.layers.0#0 L, model.decoder.layers.0.self_attn#0 P,
+        model.decoder.layers.0#0 H, model.decoder.layers.0#1 H""",
+    "bart": """model.encoder#0 E, model.encoder.layers.0#0 L,
+        model.encoder.layers.0.self_attn#0 P,
         model.encoder.layers.0#0 H, model.encoder.layers.0#1 A, model.encoder.layers.0#2 H,
-        model.decoder#0 E, model.decoder.layers.0.self_attn#0 P, model.decoder.layers.0#0 H,
+        model.decoder#0 E, model.decoder.layers.0#0 L,
+        model.decoder.layers.0.self_attn#0 P, model.decoder.layers.0#0 H,
         model.decoder.layers.0.encoder_attn#0 P, model.decoder.layers.0#1 H,
         model.decoder.layers.0#2 A, model.decoder.layers.0#3 H,
         classification_head.dropout#0 C, classification_head.dropout#1 C""",
@@ -70,8 +74,8 @@ SITES = {
         transformer.h.0.self_attention#0 H, transformer.h.0.mlp#0 H""",
     "falcon": "transformer.h.0#0 H",
     # Older attention: probabilities as [samples x heads, queries, keys].
-    "xglm": """model#0 E, model.layers.0.self_attn#0 P, model.layers.0#0 H, model.layers.0#1 A,
-        model.layers.0#2 H""",
+    "xglm": """model#0 E, model.layers.0#0 L, model.layers.0.self_attn#0 P,
+        model.layers.0#0 H, model.layers.0#1 A, model.layers.0#2 H""",
 }
 INSERTED = {"insert": {"embedding": 0.1, "hidden": 0.2}}
 
@@ -169,7 +173,6 @@ ERRORS = {
     ),
     "a wrong variant": ("bert", {"attention": {"variant": "token"}}, {}, "masked one by one"),
     "time first": ("xlnet", {}, {}, r"transformer\.dropout#0 .* \(time-major\)"),
-    "a mask shared by samples": ("deberta-v2", {}, {}, r"pos_dropout#0 .* is shared by samples"),
     "features before positions": ("squeezebert", {}, {}, "the sequence, not features"),
     "local attention": ("longformer", {}, {}, r"not \(samples, heads, queries, keys\)"),
 }
@@ -190,9 +193,21 @@ def test_all_problems_are_listed_at_once(config_of):
 
 
 def test_a_refused_site_runs_once_its_rate_is_zero(bind, tokens):
-    bound = bind("deberta-v2", {"overrides": {"*.pos_dropout": 0}, "hidden": 0.2})
+    bound = bind("squeezebert", {"hidden": 0, "embedding": 0, "attention": 0, "head": 0.2})
     first, other = (bound.logits(index=i, **tokens()) for i in (0, 1))
     assert not first.equal(other)
+
+
+def test_a_mask_that_samples_share_is_keyed_by_the_step(bind, tokens):
+    dropout = {"overrides": {"*": 0, "*.pos_dropout": 0.5}}
+    bound = bind("deberta-v2", dropout, overrides={"pos_att_type": ["p2c", "c2p"]})
+    (shared,) = bound.plan.in_force()
+    assert (shared.layout, shared.shape) == ("shared", (16, 24))
+    batch = tokens()
+    alone = {name: rows[:1] for name, rows in batch.items()}
+    together, other = bound.logits(**batch), bound.logits(index=1, **batch)
+    torch.testing.assert_close(bound.logits(row_ids=[5], **alone), together[:1])
+    assert not together.equal(other)
 
 
 def test_fused_attention_is_welcome_without_attention_dropout(bind, tokens):
@@ -201,12 +216,12 @@ def test_fused_attention_is_welcome_without_attention_dropout(bind, tokens):
     assert bound.logits(**tokens()).shape == (3, 2)
 
 
-def test_layer_drop_is_an_error_by_name_unless_tolerated(config_of):
-    model = {"overrides": {"encoder_layerdrop": 0.5}}
-    with pytest.raises(DropoutError, match=r"outside the plan in model\.encoder \(aten\.rand\."):
-        plan_for(config_of("bart", **model))
-    plan = plan_for(config_of("bart", {"strict": False}, **model))
-    assert plan.notes == ("randomness outside the plan: model.encoder (aten.rand.default)",)
+def test_randomness_past_the_doors_is_an_error_by_name_unless_tolerated(config_of):
+    model = {"overrides": {"router_jitter_noise": 0.1}}
+    with pytest.raises(DropoutError, match=r"outside .* model\.layers\.0\.mlp \(aten\.uni"):
+        plan_for(config_of("mixtral", **model))
+    plan = plan_for(config_of("mixtral", {"strict": False}, **model))
+    assert "randomness outside the plan: model.layers.0.mlp (aten.uniform_.default)" in plan.notes
 
 
 def test_a_plan_comes_back_from_json_as_it_went(config_of):
