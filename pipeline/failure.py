@@ -187,7 +187,7 @@ def _join(environment: Mapping[str, str]) -> Company | None:
     has_store = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     if not has_store or not world_size.isdigit() or int(world_size) < 2:
         return None
-    from torch.distributed import TCPStore
+    from torch._C._distributed_c10d import TCPStore
 
     store = TCPStore(
         environment["MASTER_ADDR"],

@@ -61,7 +61,7 @@ def classes_to_shard(model: nn.Module) -> list[str]:
     return sorted((whole & present) - holders)
 
 
-def full_weights(model: nn.Module) -> dict[str, Tensor]:
+def full_weights(model: nn.Module) -> dict[str, Any]:
     """Every weight, whole; on the main process only. All processes must call it."""
     return get_model_state_dict(model, options=_FULL)
 

@@ -261,7 +261,7 @@ class LockedTrainer(Trainer):
         """Put the best checkpoint's weights into the model."""
         best = self.best_checkpoint()
         if best is not None and self.is_only_loaded:
-            super()._load_from_checkpoint(str(best))
+            self._load_whole(best)
         elif best is not None and self.is_fsdp_enabled:
             sharding.load_weights(self.model, best)
         elif best is not None:
@@ -281,13 +281,13 @@ class LockedTrainer(Trainer):
     def run_from(self, found: Path | None) -> None:
         """Train to the end from a whole checkpoint, or from the beginning."""
         if found is not None and self._is_finished(found):
-            super()._load_from_checkpoint(str(found))
+            self._load_whole(found)
             self.state = TrainerState.load_from_json(str(found / TRAINER_STATE_NAME))
             self.is_only_loaded = True
             return
         is_foreign = self.is_deepspeed_enabled and found and not self._was_zero(found)
         if found is not None and (is_foreign or self.is_fsdp_enabled):
-            super()._load_from_checkpoint(str(found))  # while the model is whole
+            self._load_whole(found)
         with self._loading_deepspeed():
             self.train(resume_from_checkpoint=str(found) if found else None)
 
@@ -320,6 +320,14 @@ class LockedTrainer(Trainer):
             yield
         finally:
             trainer_module.deepspeed_load_checkpoint = native
+
+    def _load_whole(self, folder: Path) -> None:
+        """Weights in Hugging Face format, whichever engine wrote them, before they are sharded."""
+        is_fsdp, self.is_fsdp_enabled = self.is_fsdp_enabled, False
+        try:
+            super()._load_from_checkpoint(str(folder))
+        finally:
+            self.is_fsdp_enabled = is_fsdp
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         """Under FSDP nothing: the weights were loaded before they were sharded."""

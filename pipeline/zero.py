@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from pipeline import parallel
 from pipeline.errors import CheckpointError
 
@@ -70,6 +72,8 @@ def convert(folder: Path, universal: Path) -> None:
 
 
 def _load_universal(engine: Any, universal: Path) -> None:
+    groups = engine.optimizer.optimizer.param_groups
+    before = [dict(group) for group in groups]
     engine._config.load_universal_checkpoint = True
     try:
         loaded, _ = engine.load_checkpoint(
@@ -79,3 +83,18 @@ def _load_universal(engine: Any, universal: Path) -> None:
         engine._config.load_universal_checkpoint = False
     if loaded is None:
         raise CheckpointError(f"DeepSpeed could not load the universal checkpoint in {universal}.")
+    if stage_of(engine) == 3:
+        _part_groups(engine.optimizer.optimizer, before)
+
+
+def _part_groups(optimizer: Any, before: list[dict[str, Any]]) -> None:
+    """Undo what DeepSpeed's ZeRO-3 loader makes common to all groups of parameters.
+
+    It gives them one step counter, which each group would then count up, and the settings of the
+    first group: weight decay on biases and norms.
+    """
+    for state in optimizer.state.values():
+        if torch.is_tensor(state.get("step")):
+            state["step"] = state["step"].clone()
+    for group, own in zip(optimizer.param_groups, before, strict=True):
+        group.update({name: value for name, value in own.items() if name not in ("params", "lr")})
