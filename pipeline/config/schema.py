@@ -228,7 +228,7 @@ class DropoutConfig(Section):
     insert: InsertConfig = InsertConfig()
     """Sites added to models that lack them."""
     overrides: dict[str, Rate] = {}
-    """Rates by `site` or `site#call` pattern (`*` matches), such as `{"*.layer.11.*": 0.2}`; the last match wins."""
+    """Rates by `site` or `site#call` pattern (`*` matches), such as `{"*.layer.11.*": 0.2}`; the last match wins. `site#layer` is a whole layer."""
     domains: dict[str, dict[str, Rate]] = {}
     """Rates by data domain and role, such as `{web: {hidden: 0.3}}`; needs `data.domain_column_name`."""
     strict: bool = True

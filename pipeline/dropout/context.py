@@ -62,6 +62,7 @@ class KeyedDropout:
         inserted = {site.site for site in plan.sites if site.door == doors.INSERTED}
         planned = {site.door for site in plan.sites}
         self._has_layer_drop = LAYER in planned
+        self._drawn_by_models = plan.in_force(LAYER) + plan.in_force(SPECTROGRAM)
         self._span_files = modelling_files(self._names) if SPECTROGRAM in planned else []
         self._undo = [
             doors.open_modules(self._names, self._draw),
@@ -104,7 +105,7 @@ class KeyedDropout:
 
     def missing(self, active: ActiveMasks) -> list[str]:
         """Planned sites that have not drawn in a context, as `site#call`."""
-        return [f"{key[1]}#{key[2]}" for key in active.keys if key not in active.drawn]
+        return [self._live[key].site.label for key in active.keys if key not in active.drawn]
 
     # -- opening ---------------------------------------------------------------------------------
 
@@ -137,6 +138,8 @@ class KeyedDropout:
     def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         active = self._active()
         if active is None:
+            for site in self._drawn_by_models[:1]:
+                self._without_context(site.label, site.rate)
             return
         active.enter()
         if is_stack(module):

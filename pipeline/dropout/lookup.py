@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipeline.dropout.decisions import dropped
 from pipeline.dropout.kernels import attention, rows
-from pipeline.dropout.key import derive_key, row_id, signed
+from pipeline.dropout.key import STEP_ROW_ID, derive_key, row_id, signed
 from pipeline.dropout.philox import scale, threshold
 from pipeline.dropout.plan import DropoutPlan
-from pipeline.dropout.schedules import done_at, rate_at
-from pipeline.dropout.sites import Site
+from pipeline.dropout.schedules import Limits, done_at, rate_at
+from pipeline.dropout.sites import SHARED, Site
 from pipeline.dropout.variants import find_variant
 from pipeline.errors import DropoutError
 from pipeline.records import RunFolder
@@ -63,16 +64,16 @@ def mask_of_run(
 
 
 def _find(plan: DropoutPlan, name: str) -> Site:
-    found = [s for s in plan.in_force() if name in (s.site, f"{s.site}#{s.call}")]
+    found = [s for s in plan.in_force() if name in (s.site, s.label)]
     if not found:
-        live = [f"{s.site}#{s.call}" for s in plan.in_force()]
+        live = [s.label for s in plan.in_force()]
         near = difflib.get_close_matches(name, live, n=3) or live[:3]
         raise DropoutError(
             f"No site {name!r} is in force in this run's plan. {len(live)} are: {', '.join(near)}, "
             "... (`masklock plan RUN` lists them)."
         )
     if len(found) > 1:
-        calls = ", ".join(f"{s.site}#{s.call} ({s.role})" for s in found)
+        calls = ", ".join(f"{s.label} ({s.role})" for s in found)
         raise DropoutError(f"The site {name!r} draws more than once: {calls}. Name one of them.")
     return found[0]
 
@@ -90,6 +91,17 @@ def _coordinates(site: Site, seed: int, purpose: str, index: int, sample: int) -
     }
 
 
+def _attention(site: Site, key: Tensor, row: Tensor, limits: Limits) -> Tensor:
+    """`[heads, queries, keys]`, or `[windows, heads, queries, keys]`."""
+    *windows, _, num_queries, num_keys = site.shape
+    num_windows = math.prod(windows)
+    first = torch.arange(num_windows)[:, None]
+    queries, keys = (first * size + torch.arange(size) for size in (num_queries, num_keys))
+    ones = torch.ones(num_windows, *site.shape[-3:])
+    kept = attention(ones, key, row, queries, keys, *limits) > 0
+    return kept.view(site.shape)
+
+
 def _rate(plan: DropoutPlan, site: Site, index: int, purpose: str, domain: str | None) -> float:
     moves = purpose == "train" and site.progress != "constant"
     done = done_at(index, plan.num_steps, site.site) if moves else 1.0
@@ -100,10 +112,17 @@ def _keep(site: Site, key: int, sample: int, rate: float) -> Tensor:
     key_row, sample_row = (torch.tensor([[signed(value)]]) for value in (key, row_id(sample)))
     limits = torch.tensor([[threshold(rate)]]), torch.ones(1, 1)
     variant = find_variant(site.variant)
+    if variant.kernel == "spans":
+        raise DropoutError(
+            f"The spans of {site.label} depend on the length of each sample's audio, "
+            "which a plan does not know."
+        )
+    if variant.whole_step or site.layout == SHARED:
+        sample_row = torch.tensor([[signed(STEP_ROW_ID)]])
+    if variant.kernel == "scalar":
+        return ~dropped(key_row[0], sample_row[0], torch.tensor([rate], dtype=torch.float64))
     if variant.kernel == "attention":
-        queries, keys = (torch.arange(size)[None] for size in site.shape[-2:])
-        ones = torch.ones(1, *site.shape)
-        return attention(ones, key_row, sample_row, queries, keys, *limits)[0] > 0
+        return _attention(site, key_row, sample_row, limits)
     *places, features = site.shape
     length = math.prod(places)
     positions = torch.tensor([[variant.position(place) for place in range(length)]])

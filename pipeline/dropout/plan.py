@@ -17,6 +17,7 @@ from torch import nn
 from pipeline.config.schema import DropoutConfig
 from pipeline.dropout import doors
 from pipeline.dropout.audit import Leak
+from pipeline.dropout.mixing import mixing_notes
 from pipeline.dropout.positions import is_stack
 from pipeline.dropout.rates import problems_of, with_rates
 from pipeline.dropout.sites import (
@@ -108,7 +109,7 @@ class DropoutPlan:
         rows = [("site#call", "role", "variant", "rate", "door", "in force")]
         for site in sorted(self.sites, key=lambda s: not s.in_force):
             state = "yes" if site.in_force else f"no: {site.reason}"
-            name = f"{site.site}#{site.call}"
+            name = site.label
             variant = f"{site.variant} {site.block_size}" * (site.variant == "block")
             rate = f"{site.rate:g}" + f" ({site.changes})" * bool(site.changes)
             rows.append((name, site.role, variant or site.variant, rate, site.door, state))
@@ -156,9 +157,22 @@ def make_plan(blueprint: Blueprint, config: DropoutConfig) -> DropoutPlan:
     if problems:
         listed = "\n".join(f"  - {problem}" for problem in problems)
         raise DropoutError(f"The dropout plan cannot be made:\n{listed}")
-    notes = tuple(f"randomness outside the plan: {leak}" for leak in traces.leaks)
+    leaks = tuple(f"randomness outside the plan: {leak}" for leak in traces.leaks)
+    notes = (*leaks, *traces.mixing, *_door_notes(sites))
     build_rates = _build_rates(sites, traces, blueprint)
     return DropoutPlan(sites, notes, build_rates, domains=tuple(sorted(config.domains)))
+
+
+_DOOR_NOTES = {
+    "layer": "LayerDrop leaves a layer out for all samples of a step, under every engine, and in "
+    "Monte-Carlo passes; its parameters then get gradients of zero (DDP finds none unused).",
+    "spectrogram": "SpecAugment masks spans in training only: Monte-Carlo passes see all features.",
+}
+
+
+def _door_notes(sites: Sequence[Site]) -> list[str]:
+    live = {site.door for site in sites if site.in_force}
+    return [note for door, note in _DOOR_NOTES.items() if door in live]
 
 
 @dataclass(frozen=True)
@@ -169,6 +183,8 @@ class _Traces:
     second_shapes: dict[SiteCall, tuple[int, ...]]
     own_rates: dict[SiteCall, float]
     leaks: list[Leak]
+    mixing: list[str]
+    """What mixes samples, in sentences."""
     inserted: dict[str, str]
     """Site -> role."""
     stacks: set[str]
@@ -213,6 +229,7 @@ def _trace_thrice(blueprint: Blueprint, config: DropoutConfig) -> _Traces:
         second_shapes={_key(call): call.shape for call in second},
         own_rates={_key(call): call.rate for call in own},
         leaks=leaks,
+        mixing=mixing_notes(model, doors.site_names(model)),
         inserted=inserted,
         stacks={name for module, name in doors.site_names(model).items() if is_stack(module)},
         tags=tags,

@@ -12,6 +12,7 @@ from pipeline.config.roles import RoleDropout
 from pipeline.config.schema import DropoutConfig
 from pipeline.dropout.audit import Leak
 from pipeline.dropout.doors import INSERTED
+from pipeline.dropout.layer_drop import LAYER
 from pipeline.dropout.schedules import depth_share, layer_counts, layer_of
 from pipeline.dropout.sites import ROLE_OF_DOOR, SAMPLE_FIRST, SHARED, Site
 
@@ -88,7 +89,8 @@ def problems_of(
 
 
 def _matches(pattern: str, site: Site) -> bool:
-    name = f"{site.site}#{site.call}" if "#" in pattern else site.site
+    is_whole = "#" in pattern or site.door == LAYER
+    name = site.label if is_whole else site.site
     return fnmatch.fnmatchcase(name, pattern)
 
 
@@ -185,8 +187,8 @@ def _overrides_without_sites(sites: Sequence[Site], config: DropoutConfig) -> li
 def _sites_that_cannot(sites: Sequence[Site], attention_refusal: str) -> list[str]:
     live = [site for site in sites if site.highest_rate > 0]
     problems = [
-        f"site {s.site}#{s.call} (rate {s.highest_rate:g}) cannot be locked to samples: "
-        f'{s.layout}; set its rate to 0 (dropout.overrides: {{"{s.site}#{s.call}": 0}}).'
+        f"site {s.label} (rate {s.highest_rate:g}) cannot be locked to samples: "
+        f'{s.layout}; set its rate to 0 (dropout.overrides: {{"{s.label}": 0}}).'
         for s in live
         if s.layout not in (SAMPLE_FIRST, SHARED)
     ]

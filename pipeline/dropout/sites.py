@@ -102,6 +102,11 @@ class Site:
     """The linear layers next to a learned site, whose weights its regulariser counts."""
 
     @property
+    def label(self) -> str:
+        """`site#call`; a whole layer is `site#layer`, since the layer may be a site itself."""
+        return f"{self.site}#{'layer' if self.door == 'layer' else self.call}"
+
+    @property
     def highest_rate(self) -> float:
         """The largest rate that any sample can get."""
         return max([self.rate, *(rate for _, rate in self.domains)])
