@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, TrainingArguments
 
-from pipeline import agreement, checkpoint, engines, parallel
+from pipeline import agreement, checkpoint, engines, parallel, zero
 from pipeline.arguments import (
     check_launch,
     check_metric,
@@ -291,7 +291,7 @@ def notes_on_going_on(parts: Parts, trainer: LockedTrainer) -> list[str]:
     manifest = checkpoint.read_manifest(parts.found)
     if not trainer.carries_optimizer(parts.found):
         notes.append(
-            f"{parts.found.name} was written by {manifest.get('engine', 'another engine')}, whose "
+            f"{parts.found.name} was written by {zero.family(manifest.get('zero_stage'))}, whose "
             "optimizer state cannot be read here: weights, step and schedule go on, the "
             "optimizer's moments begin anew."
         )

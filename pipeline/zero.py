@@ -20,6 +20,11 @@ from pipeline.errors import CheckpointError
 UNIVERSAL = ".universal"
 
 
+def family(zero_stage: int | None) -> str:
+    """Who reads whose optimizer states: the converter goes between stages 1 and 2, not to 3."""
+    return {None: "PyTorch", 3: "DeepSpeed ZeRO-3"}.get(zero_stage, "DeepSpeed ZeRO-1 or 2")
+
+
 def stage_of(engine: Any) -> int:
     """The ZeRO stage that an engine runs."""
     return int(engine.zero_optimization_stage())
