@@ -39,4 +39,3 @@ def export(run: RunFolder, output: Path) -> Path:
         output.rmdir()
     os.replace(unfinished, output)
     return output
-
