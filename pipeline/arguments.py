@@ -8,6 +8,7 @@ from transformers import SchedulerType, Trainer, TrainingArguments, get_schedule
 
 from pipeline.config.installed import installed_problems
 from pipeline.config.schema import RunConfig, TrainConfig
+from pipeline.dropout.noise import NEFTUNE
 from pipeline.dropout.plan import DropoutPlan
 from pipeline.engines import Settings, contradictions
 from pipeline.errors import ConfigError, LayoutError
@@ -63,7 +64,8 @@ def training_arguments(config: RunConfig, output_dir: str, world_size: int) -> T
         **_recompute(config.train),
     }
     try:
-        return TrainingArguments(**(DEFAULTS | config.train.extra | values))
+        extra = {name: value for name, value in config.train.extra.items() if name != NEFTUNE}
+        return TrainingArguments(**(DEFAULTS | extra | values))
     except (ValueError, TypeError) as error:
         raise ConfigError([f"train: {error}"]) from error
 

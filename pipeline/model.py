@@ -17,6 +17,7 @@ from pipeline.adapter import with_adapter
 from pipeline.blueprint import blueprint_of
 from pipeline.config.schema import RunConfig
 from pipeline.dropout.key import derive_key
+from pipeline.dropout.noise import NEFTUNE, with_noise
 from pipeline.dropout.plan import DropoutPlan, make_plan
 from pipeline.errors import ModelError
 from pipeline.library_output import without_load_report, without_old_names
@@ -41,7 +42,10 @@ def plan_for(
     """The dropout plan of a run's model, from its configuration alone."""
     hf_config = model_config(config, label_names)
     fit_to_tokenizer(hf_config, tokenizer, config)
-    return make_plan(blueprint_of(config, hf_config), config.dropout)
+    blueprint = blueprint_of(config, hf_config)
+    plan = make_plan(blueprint, config.dropout)
+    alpha = config.train.extra.get(NEFTUNE)
+    return plan if alpha is None else with_noise(plan, blueprint.build(blueprint.defaults), alpha)
 
 
 def build_model(

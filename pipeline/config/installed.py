@@ -47,7 +47,6 @@ OURS = {
     "prediction_loss_only": "evaluation keeps sums, not rows",
     "eval_do_concat_batches": "evaluation keeps sums, not rows",
     "activation_checkpointing": "it is `train.gradient_checkpointing`",
-    "neftune_noise_alpha": "no planned site accounts for its noise; use the `dropout` section",
     "do_train": "the command says what is done",
     "do_eval": "the command says what is done",
     "do_predict": "the command says what is done",

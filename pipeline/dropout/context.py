@@ -19,6 +19,7 @@ from pipeline.dropout import doors
 from pipeline.dropout.key import derive_keys, signed
 from pipeline.dropout.layer_drop import LAYER, open_layers, stacks_keep_layers
 from pipeline.dropout.masks import ActiveMasks, SiteCall, SiteMask
+from pipeline.dropout.noise import NOISE, NoiseMask
 from pipeline.dropout.plan import DropoutPlan
 from pipeline.dropout.positions import StackInputs, is_stack
 from pipeline.dropout.schedules import Limits, done_at, limits_at
@@ -60,12 +61,14 @@ class KeyedDropout:
         self._known = {(site.door, site.site, site.call) for site in plan.sites}
         self._checkpointed = [m for m in self._names if hasattr(m, "gradient_checkpointing")]
         inserted = {site.site for site in plan.sites if site.door == doors.INSERTED}
+        noisy = {site.site for site in plan.in_force(NOISE)}
         planned = {site.door for site in plan.sites}
         self._has_layer_drop = LAYER in planned
         self._drawn_by_models = plan.in_force(LAYER) + plan.in_force(SPECTROGRAM)
         self._span_files = modelling_files(self._names) if SPECTROGRAM in planned else []
         self._undo = [
             doors.open_modules(self._names, self._draw),
+            doors.open_inserted(self._names, noisy, self._draw_noise),
             doors.open_inserted(self._names, inserted, self._draw),
             open_layers(self._names, {s.site for s in plan.in_force(LAYER)}, self._leaves_out),
             open_features(self._names if self._span_files else {}),
@@ -115,7 +118,8 @@ class KeyedDropout:
         for site in self.plan.in_force():
             around = {n for n in stacks if not n or f"{site.site}.".startswith(f"{n}.")}
             nearest = tuple(sorted(around, key=len, reverse=True))
-            result[site.door, site.site, site.call] = SiteMask(site, nearest)
+            kind = NoiseMask if site.door == NOISE else SiteMask
+            result[site.door, site.site, site.call] = kind(site, nearest)
         return result
 
     def _watch_calls(self, sites: set[str]) -> Callable[[], None]:
@@ -178,10 +182,10 @@ class KeyedDropout:
 
     def _keys(self, purpose: str, index: int | Sequence[int]) -> dict[SiteCall, Tensor]:
         """The key of every site that is live in this purpose: one for all rows, or one a row."""
-        spans = [key for key in self._live if key[0] == SPECTROGRAM]
-        masks = [key for key in self._live if key[0] != SPECTROGRAM]
+        spans = [key for key in self._live if key[0] in (SPECTROGRAM, NOISE)]
+        masks = [key for key in self._live if key[0] not in (SPECTROGRAM, NOISE)]
         found = self._keys_of(masks, purpose, index)
-        if purpose == "train":  # spans are augmentation: Monte-Carlo passes leave them out
+        if purpose == "train":  # augmentation: Monte-Carlo passes leave it out
             found |= self._keys_of(spans, "augment", index)
         return found
 
@@ -240,6 +244,11 @@ class KeyedDropout:
         if self.observer is not None:
             self.observer(mask, active, key, x)
         return mask.apply(active, key, x)
+
+    def _draw_noise(self, door: str, site: str, x: Tensor, rate: float) -> Tensor:
+        """NEFTune: the hook of an inserted site, under its own door; only training draws."""
+        is_training = self._active() is not None or self.model.training
+        return self._draw(NOISE, site, x, 1.0 if is_training else 0.0)
 
     def _leaves_out(self, layer: str) -> Tensor | None:
         """LayerDrop: which rows leave this layer out, None where none does."""

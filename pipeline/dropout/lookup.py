@@ -109,6 +109,8 @@ def _rate(plan: DropoutPlan, site: Site, index: int, purpose: str, domain: str |
 
 
 def _keep(site: Site, key: int, sample: int, rate: float) -> Tensor:
+    if site.variant == "noise":
+        raise DropoutError(f"{site.label} adds noise to embeddings: it has no mask.")
     key_row, sample_row = (torch.tensor([[signed(value)]]) for value in (key, row_id(sample)))
     limits = torch.tensor([[threshold(rate)]]), torch.ones(1, 1)
     variant = find_variant(site.variant)

@@ -17,7 +17,7 @@ class Variant:
     Args:
         name: its name in the key and in configurations.
         kernel: `rows` and `attention` mask tensors, `scalar` makes one decision by `uniform`,
-            `spans` chooses spans of an axis.
+            `spans` chooses spans of an axis, `noise` adds and drops nothing.
         group: number of neighbouring features under one decision, from (features, block size).
         needs_block_size: the group is a choice.
         shared_position: one mask for all positions of a row.
@@ -25,7 +25,7 @@ class Variant:
     """
 
     name: str
-    kernel: Literal["rows", "attention", "scalar", "spans"] = "rows"
+    kernel: Literal["rows", "attention", "scalar", "spans", "noise"] = "rows"
     group: Callable[[int, int], int] = lambda features, block_size: 1
     needs_block_size: bool = False
     shared_position: bool = False
@@ -63,5 +63,6 @@ for _variant in (
     Variant("path", kernel="scalar"),
     Variant("layer", kernel="scalar", whole_step=True),
     Variant("spectrogram", kernel="spans"),
+    Variant("noise", kernel="noise"),
 ):
     register(_variant)

@@ -71,6 +71,7 @@ def config_of(tmp_path) -> ConfigOf:
             model=model,
             data={"path": "unused", "max_length": 16, **sections.pop("data", {})},
             dropout=dropout or {},
+            train=sections.pop("train", {}),
         )
         if "peft" not in sections:
             return config
