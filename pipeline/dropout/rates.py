@@ -198,9 +198,12 @@ def _sites_that_cannot(sites: Sequence[Site], attention_refusal: str) -> list[st
     return problems
 
 
+_JITTER = ", such as a router's jitter (router_jitter_noise, input_jitter_noise, moe_jitter_eps)"
+
+
 def _leaks(leaks: Iterable[Leak]) -> list[str]:
     return [
-        f"randomness outside the plan in {leak}; set its rate in model.config_overrides to 0, or "
-        "dropout.strict to false."
+        f"randomness outside the plan in {leak}{_JITTER * ('uniform_' in leak.operator)}; set its "
+        "rate in model.config_overrides to 0, or dropout.strict to false."
         for leak in leaks
     ]

@@ -8,6 +8,7 @@ import copy
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,9 +20,12 @@ from torch import Tensor, nn
 from pipeline.config.schema import DropoutConfig
 from pipeline.dropout.context import KeyedDropout
 from pipeline.dropout.key import derive_key
+from pipeline.dropout.lookup import mask_of_run
 from pipeline.dropout.philox import lanes, philox_words
 from pipeline.dropout.plan import Blueprint, DropoutPlan, make_plan
 from pipeline.dropout.sites import ROLE_OF_ATTRIBUTE
+from pipeline.errors import DropoutError
+from pipeline.records import RunFolder, write_json
 
 SEED, STEPS, NUM_SAMPLES, VOCABULARY, STEP_ID = 77, 2, 8, 61, 2**64 - 1
 Entry = tuple[str, int, str, float]
@@ -421,3 +425,32 @@ def test_training_equals_the_plain_loop(
     if "checkpointing" in LAYOUTS[layout] and kind.name.startswith("Albert"):
         pytest.skip("ALBERT knows no checkpointing")
     assert_same(train_keyed(kind, **LAYOUTS[layout]), by_hand)
+
+
+def test_decisions_that_change_inside_a_step_break_the_promise(
+    kind: Kind, by_hand: dict[str, Tensor]
+) -> None:
+    broken = train_keyed(kind, 2, step_index=lambda step, rows: rows[0]["sample_id"])
+    with pytest.raises(AssertionError, match="differs by"):
+        assert_same(broken, by_hand)
+
+
+def test_what_a_run_looks_up_is_what_the_plain_loop_draws(kind: Kind, tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    write_json(run.plan, kind.plan().to_json())
+    for site in kind.plan().in_force():
+        if site.variant == "spectrogram":
+            with pytest.raises(DropoutError, match="depend on the length of each sample's audio"):
+                mask_of_run(run, SEED, 1, site.label, 1037, "train")
+            continue
+        found = mask_of_run(run, SEED, 1, site.label, 1037, "train")["keep"]
+        key = derive_key(SEED, "train", 1, site.variant, site.site, site.call)
+        if site.variant in ("layer", "path"):
+            row = STEP_ID if site.variant == "layer" else 1037
+            expected: Any = [int(philox_words(key, 0, 0, row)[0] / 2**32 >= site.rate)]
+        else:
+            shape = site.shape if len(site.shape) != 3 else (1, *site.shape)
+            shape = shape if site.variant == "attention" else site.shape
+            name = "shared" if site.layout == "shared" else site.variant
+            expected = keep_by_hand(key, name, 1037, shape, site.rate)
+        assert np.array_equal(np.ravel(found), np.ravel(expected)), site.label
