@@ -218,7 +218,7 @@ def test_fused_attention_is_welcome_without_attention_dropout(bind, tokens):
 
 def test_randomness_past_the_doors_is_an_error_by_name_unless_tolerated(config_of):
     model = {"overrides": {"router_jitter_noise": 0.1}}
-    with pytest.raises(DropoutError, match=r"outside .* layers\.0\.mlp \(aten\.uni.*router_jitter"):
+    with pytest.raises(DropoutError, match=r"outside .*layers\.0\.mlp \(aten\.uni.*router_jitter"):
         plan_for(config_of("mixtral", **model))
     plan = plan_for(config_of("mixtral", {"strict": False}, **model))
     assert "randomness outside the plan: model.layers.0.mlp (aten.uniform_.default)" in plan.notes
