@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
 from pipeline import failure, parallel
+from pipeline.dropout.concrete import learned_rates_of
 from pipeline.tracking import Tracker
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -91,6 +92,9 @@ class TrackMetrics(TrainerCallback):
             metrics["train/epoch"] = state.global_step / self.steps_per_epoch
             metrics["train/global_step"] = state.global_step
             metrics.update(self.meter.read())
+            rates = learned_rates_of(kwargs["model"]) if "model" in kwargs else None
+            named = rates.named_rates() if rates else {}
+            metrics.update({f"dropout/{name}": rate for name, rate in named.items()})
         if metrics and parallel.is_main():
             self.tracker.log(metrics, state.global_step)
 

@@ -16,6 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from pipeline.adapter import with_adapter
 from pipeline.blueprint import blueprint_of
 from pipeline.config.schema import RunConfig
+from pipeline.dropout.concrete import add_learned_rates, learned_rates_of
 from pipeline.dropout.key import derive_key
 from pipeline.dropout.noise import NEFTUNE, with_noise
 from pipeline.dropout.plan import DropoutPlan, make_plan
@@ -62,8 +63,9 @@ def build_model(
     hf_config = _planned_config(config, label_names, plan, tokenizer)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_key(config.seed, "init", 0, "weights", "model", 0) >> 1)
-        model = _load_weights(config, hf_config, plan)
-        return with_adapter(config, model, dict(plan.attributes))
+        model = with_adapter(config, _load_weights(config, hf_config, plan), dict(plan.attributes))
+        add_learned_rates(model, plan.in_force(), config.dropout.concrete)
+        return model
 
 
 def load_trained(
@@ -78,6 +80,20 @@ def load_trained(
     Raises:
         ModelError: the folder lacks weights of this model.
     """
+    model = _trained_weights(folder, config, label_names, plan, tokenizer)
+    add_learned_rates(model, plan.in_force(), config.dropout.concrete)
+    if (rates := learned_rates_of(model)) is not None:
+        rates.load(folder)
+    return model
+
+
+def _trained_weights(
+    folder: Path,
+    config: RunConfig,
+    label_names: Sequence[str] | None,
+    plan: DropoutPlan,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> nn.Module:
     hf_config = _planned_config(config, label_names, plan, tokenizer)
     if config.peft is None:
         try:

@@ -30,6 +30,7 @@ from pipeline.config.schema import TrainConfig
 from pipeline.dropout.context import ActiveMasks, KeyedDropout
 from pipeline.errors import DropoutError, NonFiniteLossError
 from pipeline.modality.bundle import Modality
+from pipeline.objective import Objective
 from pipeline.records import RunFolder
 from pipeline.validation import validation_sums
 
@@ -47,6 +48,7 @@ TOUCH_POINTS = {
         "trial",
     ),
     "_save_checkpoint": ("self", "model", "trial"),
+    "create_optimizer": ("self", "model"),
     "_save": ("self", "output_dir", "state_dict"),
     "save_model": ("self", "output_dir", "_internal_call"),
     "_save_optimizer_and_scheduler": ("self", "output_dir"),
@@ -88,9 +90,10 @@ class LockedTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         loss = modality.loss(train.label_smoothing_factor)
+        self.objective = Objective(loss, train, keyed.model, len(kwargs["train_dataset"].rows))
         self._use_cache = getattr(kwargs["model"].config, "use_cache", None)
         with sharding.fsdp_on_any_device():
-            super().__init__(compute_loss_func=loss, **kwargs)
+            super().__init__(compute_loss_func=self.objective, **kwargs)
         if self.is_fsdp_enabled:
             plugin = self.accelerator.state.fsdp_plugin
             plugin.transformer_cls_names_to_wrap = sharding.classes_to_shard(self.model)
@@ -108,12 +111,13 @@ class LockedTrainer(Trainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """Forward and backward under the masks of the batch's own step and rows."""
-        self._sample_ids = inputs.pop("sample_id")
+        sample_ids = inputs.pop("sample_id")
         self._step = int(inputs.pop("mask_step")[0])
         self.meter.count_tokens(inputs)
+        inputs, self._sample_ids, row_ids = self.objective.views(inputs, sample_ids)
         domains = inputs.pop("domain", None)
         context = self.keyed.context(
-            purpose="train", index=self._step, row_ids=self._sample_ids, domains=domains
+            purpose="train", index=self._step, row_ids=row_ids, domains=domains
         )
         with context as active:
             loss = super().training_step(model, inputs, num_items_in_batch)
@@ -150,6 +154,26 @@ class LockedTrainer(Trainer):
             "The update was not applied. Look at these rows, lower train.learning_rate or train in "
             "float32, and run it again under another name."
         )
+
+    def create_optimizer(self, model=None):
+        """Learned dropout rates have a learning rate of their own, and no weight decay."""
+        optimizer: Any = super().create_optimizer(model)
+        rates = self.objective.rates
+        if rates is not None:
+            if self.is_fsdp_enabled or self._zero_stage() == 3:
+                raise DropoutError(
+                    "Learned dropout rates need each layer's whole weights, which this engine cuts "
+                    "up. Train on DDP or ZeRO 1 or 2, or set learned to false."
+                )
+            for group in optimizer.param_groups:
+                group["params"] = [p for p in group["params"] if p is not rates.logits]
+            own = {"params": [rates.logits], "weight_decay": 0.0}
+            optimizer.add_param_group(own | {"lr": rates.settings.learning_rate})
+        return optimizer
+
+    def _zero_stage(self) -> int:
+        plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
+        return plugin.zero_stage if plugin is not None else 0
 
     # -- validation ------------------------------------------------------------------------------
 
@@ -233,6 +257,8 @@ class LockedTrainer(Trainer):
         """Weights without the pickle of the arguments: nothing here needs unpickling to be read."""
         with quiet_bars():
             super()._save(output_dir, state_dict)
+        if self.args.should_save and self.objective.rates is not None:
+            self.objective.rates.save(Path(output_dir or self.run.path))
         if self.args.should_save:
             (Path(output_dir or self.run.path) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
 
@@ -260,6 +286,8 @@ class LockedTrainer(Trainer):
     def load_best(self) -> Path | None:
         """Put the best checkpoint's weights into the model."""
         best = self.best_checkpoint()
+        if best is not None:
+            self._load_rates(best)
         if best is not None and self.is_only_loaded:
             self._load_whole(best)
         elif best is not None and self.is_fsdp_enabled:
@@ -280,6 +308,8 @@ class LockedTrainer(Trainer):
 
     def run_from(self, found: Path | None) -> None:
         """Train to the end from a whole checkpoint, or from the beginning."""
+        if found is not None:
+            self._load_rates(found)
         if found is not None and self._is_finished(found):
             self._load_whole(found)
             self.state = TrainerState.load_from_json(str(found / TRAINER_STATE_NAME))
@@ -359,6 +389,10 @@ class LockedTrainer(Trainer):
         )
         self.state.compute_steps(self.args, max_steps)
         return result
+
+    def _load_rates(self, folder: Path) -> None:
+        if self.objective.rates is not None:
+            self.objective.rates.load(folder)
 
     def _is_finished(self, found: Path) -> bool:
         """Whether no step is left: all done, or early stopping had decided before the save."""

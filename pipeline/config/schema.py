@@ -123,6 +123,8 @@ class TrainConfig(Section):
     """Gradient clipping; 0 switches it off."""
     label_smoothing_factor: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Label smoothing of the training loss."""
+    r_drop_alpha: NonNegativeFloat = 0.0
+    """R-Drop: above 0, every sample is seen under two masks, and their divergence, times this, joins the loss."""
     bf16: bool = False
     """Mixed precision in bfloat16."""
     fp16: bool = False
@@ -200,6 +202,17 @@ class InsertConfig(Section):
         return self
 
 
+class ConcreteConfig(Section):
+    """Concrete dropout, for roles with `learned: true`."""
+
+    learning_rate: Annotated[float, Field(gt=0)] = 0.01
+    """Of the logits of the rates; those of the weights are much too small for them."""
+    temperature: Annotated[float, Field(gt=0)] = 0.1
+    """Of the relaxed mask in training."""
+    length_scale: NonNegativeFloat = 1e-4
+    """Prior length scale l: weights cost l^2 / 2 |W|^2 / (1 - rate)."""
+
+
 class DropoutConfig(Section):
     """Dropout by role: a rate, or a mapping such as `{rate: 0.1, variant: token, depth: linear}`.
 
@@ -231,6 +244,8 @@ class DropoutConfig(Section):
     """Rates by `site` or `site#call` pattern (`*` matches), such as `{"*.layer.11.*": 0.2}`; the last match wins. `site#layer` is a whole layer."""
     domains: dict[str, dict[str, Rate]] = {}
     """Rates by data domain and role, such as `{web: {hidden: 0.3}}`; needs `data.domain_column_name`."""
+    concrete: ConcreteConfig = ConcreteConfig()
+    """Settings of learned rates."""
     strict: bool = True
     """Randomness outside the plan is an error; false: a warning."""
 

@@ -8,7 +8,8 @@ mode: nothing draws in secret.
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from dataclasses import replace
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from pipeline.dropout import doors
+from pipeline.dropout.concrete import LearnedRates, learned_rates_of
 from pipeline.dropout.key import derive_keys, signed
 from pipeline.dropout.layer_drop import LAYER, open_layers, stacks_keep_layers
 from pipeline.dropout.masks import ActiveMasks, SiteCall, SiteMask
@@ -102,7 +104,7 @@ class KeyedDropout:
         """
         doors.wrap_checkpointing(self._checkpointed, self._segment)
         limits = self._limits(purpose, index, domains)
-        active = ActiveMasks(self._keys(purpose, index), row_ids, index, limits)
+        active = ActiveMasks(self._keys(purpose, index), row_ids, index, purpose, limits)
         with self._pushed(active):
             yield active
 
@@ -120,6 +122,14 @@ class KeyedDropout:
             nearest = tuple(sorted(around, key=len, reverse=True))
             kind = NoiseMask if site.door == NOISE else SiteMask
             result[site.door, site.site, site.call] = kind(site, nearest)
+        rates = learned_rates_of(self.model)
+        for place, site in enumerate(rates.sites if rates else ()):
+            result[site.door, site.site, site.call].learned = (cast(LearnedRates, rates), place)
+        if rates is None and any(site.learned for site in self.plan.in_force()):
+            raise DropoutError(
+                "The plan has learned rates, but the model holds none: add_learned_rates "
+                "comes first."
+            )
         return result
 
     def _watch_calls(self, sites: set[str]) -> Callable[[], None]:
@@ -209,7 +219,12 @@ class KeyedDropout:
         indices, plan = [index] if isinstance(index, int) else list(index), self.plan
         limits = {}
         for call, mask in self._live.items():
-            if mask.site.changes:
+            if mask.site.learned:
+                rates, place = cast(SiteMask, mask).learned or (None, 0)
+                assert rates is not None
+                site = replace(mask.site, rate=rates.rates()[place], learned=False)
+                limits[call] = limits_at(site, [1.0], (), None)
+            elif mask.site.changes:
                 moves = purpose == "train" and mask.site.progress != "constant"
                 done = [done_at(i, plan.num_steps, mask.site.site) for i in indices * moves]
                 limits[call] = limits_at(mask.site, done or [1.0], plan.domains, domains)

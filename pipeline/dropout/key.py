@@ -6,8 +6,12 @@ The bits are fixed (MaskSpec v1): a change here changes every mask of every save
 import re
 from collections.abc import Iterable
 from hashlib import blake2b
+from typing import TYPE_CHECKING
 
 from pipeline.errors import DropoutError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SPEC = "masklock-v1"
 STEP_ROW_ID = 2**64 - 1
@@ -56,6 +60,11 @@ def row_id(sample_id: int, view: int = 0) -> int:
             "Use at most 255 views of one sample in a batch."
         )
     return sample_id + (view << _VIEW_SHIFT)
+
+
+def view_of(sample_ids: "Tensor", view: int) -> "Tensor":
+    """Row ids of one view of samples whose ids were checked when they were made."""
+    return sample_ids + (view << _VIEW_SHIFT)
 
 
 def signed(value: int) -> int:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from pipeline.dropout.concrete import LearnedRates
 from pipeline.dropout.decisions import drop_paths, dropped, dropped_steps
 from pipeline.dropout.kernels import keyed_attention, keyed_rows
 from pipeline.dropout.key import STEP_ROW_ID, signed
@@ -34,6 +35,8 @@ class ActiveMasks:
     """int64 `[B]`, or `[B, T]` for packed rows."""
     index: int | Sequence[int]
     """Optimizer step or Monte-Carlo pass; one number, or one a row."""
+    purpose: str = "mc"
+    """`train` or `mc`: learned rates have relaxed masks in training, hard ones afterwards."""
     limits: dict[SiteCall, Limits] = field(default_factory=dict)
     """Thresholds and scales of the sites whose rate is not the same for all rows and steps."""
     counters: dict[tuple[str, str], int] = field(default_factory=dict)
@@ -82,6 +85,8 @@ class SiteMask:
         self.is_cross_attention = is_cross_attention(site.site)
         self.has_positions = len(site.shape) > 1
         self.is_shared = site.layout == SHARED
+        self.learned: tuple[LearnedRates, int] | None = None
+        """The learned rates and this site's place among them."""
 
     def apply(self, active: ActiveMasks, key: Tensor, x: Tensor) -> Tensor:
         """Mask one tensor.
@@ -139,9 +144,11 @@ class SiteMask:
         M = x_BMD.shape[1]
         positions = self._positions(active, M, x.device).expand(B, M)
         per_row = self._per_row(active, key, positions, M, x.device)
-        return keyed_rows(x_BMD, *per_row, self.variant.group(D, self.site.block_size)).view(
-            x.shape
-        )
+        group = self.variant.group(D, self.site.block_size)
+        if self.learned is not None and active.purpose == "train":
+            rates, place = self.learned
+            return rates.relaxed(place, x_BMD, per_row[:3], group).view(x.shape)
+        return keyed_rows(x_BMD, *per_row, group).view(x.shape)
 
     def _attention(self, active: ActiveMasks, key: Tensor, x: Tensor) -> Tensor:
         B, (Q, K) = active.row_ids.shape[0], x.shape[-2:]

@@ -18,6 +18,7 @@ from pipeline.config.schema import DropoutConfig
 from pipeline.dropout import doors
 from pipeline.dropout.audit import Leak
 from pipeline.dropout.mixing import mixing_notes
+from pipeline.dropout.neighbours import learning_problems, linear_neighbours, with_linears
 from pipeline.dropout.positions import is_stack
 from pipeline.dropout.rates import problems_of, with_rates
 from pipeline.dropout.sites import (
@@ -152,8 +153,9 @@ def make_plan(blueprint: Blueprint, config: DropoutConfig) -> DropoutPlan:
     """
     traces = _trace_thrice(blueprint, config)
     found = [_site_of(call, traces, blueprint) for call in traces.live_calls()]
-    sites = with_rates(found, config)
+    sites = _with_neighbours(with_rates(found, config), traces, blueprint)
     problems = problems_of(sites, traces.leaks, config, blueprint.attention_refusal)
+    problems += learning_problems(sites)
     if problems:
         listed = "\n".join(f"  - {problem}" for problem in problems)
         raise DropoutError(f"The dropout plan cannot be made:\n{listed}")
@@ -215,6 +217,15 @@ class _Traces:
             c for c in self.live_calls() if f"{c.site}.".startswith(f"{stack}." * bool(stack))
         ]
         return stack in self.stacks and inside[0] == call
+
+
+def _with_neighbours(
+    sites: tuple[Site, ...], traces: _Traces, blueprint: Blueprint
+) -> tuple[Site, ...]:
+    if not any(site.learned for site in sites):
+        return sites
+    model, example = blueprint.build(traces.tags), blueprint.example(*_FIRST)
+    return with_linears(sites, linear_neighbours(model, example, traces.inserted))
 
 
 def _trace_thrice(blueprint: Blueprint, config: DropoutConfig) -> _Traces:

@@ -60,7 +60,7 @@ def trace(
 
     names = doors.site_names(model)
     was_training = model.training
-    with _opened(names, set(inserted), record), audited(names) as leaks:
+    with opened(names, set(inserted), record), audited(names) as leaks:
         try:
             model.train()
             model(**inputs)
@@ -76,7 +76,8 @@ def trace(
 
 
 @contextmanager
-def _opened(names: dict[nn.Module, str], inserted: set[str], record: doors.Draw) -> Iterator[None]:
+def opened(names: dict[nn.Module, str], inserted: set[str], record: doors.Draw) -> Iterator[None]:
+    """Every door open to `record`, without masks, while the block runs."""
     undo = [
         doors.open_modules(names, record),
         doors.open_inserted(names, inserted, record),

@@ -67,7 +67,7 @@ def classification_loss(label_smoothing: float) -> LossFunction:
     def loss(
         outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        logits = _logits_of(outputs)
+        logits = logits_of(outputs)
         return _per_item(logits, labels.to(logits.device), label_smoothing, num_items_in_batch)
 
     return loss
@@ -83,7 +83,7 @@ def causal_loss(label_smoothing: float) -> LossFunction:
     def loss(
         outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        logits, targets = _shift(_logits_of(outputs), labels)
+        logits, targets = _shift(logits_of(outputs), labels)
         return _per_item(logits, targets, label_smoothing, num_items_in_batch)
 
     return loss
@@ -139,6 +139,18 @@ def causal_metrics(sums: Mapping[str, Tensor]) -> dict[str, float]:
     }
 
 
+def symmetric_divergence_sum(logits: Tensor, labels: Tensor) -> Tensor:
+    """Sum over valid items of (KL(p | q) + KL(q | p)) / 2; the first half of the rows is p."""
+    if logits.dim() == 3:
+        num_tokens = logits.shape[1]
+        flat, targets = _shift(logits, labels)
+        logits, labels = flat.view(-1, num_tokens, flat.shape[1]), targets.view(-1, num_tokens)
+    first, second = logits.to(_scratch_dtype(logits)).log_softmax(-1).chunk(2)
+    divergence = ((first.exp() - second.exp()) * (first - second)).sum(-1) / 2
+    valid = labels.to(logits.device).chunk(2)[0] != IGNORED
+    return divergence.where(valid, 0).sum()
+
+
 def _per_item(
     logits: Tensor, labels: Tensor, smoothing: float, num_items: Tensor | int | None
 ) -> Tensor:
@@ -166,6 +178,6 @@ def _scratch_dtype(logits: Tensor) -> torch.dtype:
     return torch.promote_types(logits.dtype, torch.float32)
 
 
-def _logits_of(outputs: Any) -> Tensor:
+def logits_of(outputs: Any) -> Tensor:
     """Of a ModelOutput or a dict; a tuple begins with the logits, since no labels were given."""
     return outputs[0] if isinstance(outputs, tuple) else outputs["logits"]

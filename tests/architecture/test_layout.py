@@ -36,6 +36,7 @@ FLOORS = {
     "pipeline.trained": 4,
     "pipeline.checkpoint": 4,
     "pipeline.arguments": 5,
+    "pipeline.objective": 5,
     "pipeline.callbacks": 5,
     "pipeline.trainer": 5,
     "pipeline.validation": 5,
@@ -50,6 +51,7 @@ FLOORS = {
 }
 TRAINING = {
     "pipeline.arguments",
+    "pipeline.objective",
     "pipeline.callbacks",
     "pipeline.trainer",
     "pipeline.train",
