@@ -49,6 +49,8 @@ def _nested(hf_config: PreTrainedConfig) -> list[tuple[str, PreTrainedConfig]]:
 
 def _takes_fractions(hf_config: PreTrainedConfig, name: str) -> bool:
     """Configurations check types, and some declare a rate as a whole number."""
+    if name == "mask_feature_prob" and not hasattr(hf_config, "mask_feature_min_masks"):
+        return False  # WavLM cannot mask features: it lacks a field that it would read
     try:
         setattr(copy.copy(hf_config), name, 0.5)
     except Exception:

@@ -15,7 +15,8 @@ def mixing_notes(model: nn.Module, names: dict[nn.Module, str]) -> list[str]:
     config = getattr(model, "config", None)
     norms = [n for m, n in names.items() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     capacity = [n for m, n in names.items() if hasattr(m, "expert_capacity")]
-    contrastive = [n for n, _ in model.named_parameters() if n.endswith("logit_scale")]
+    scales = [(n, p) for n, p in model.named_parameters() if n.endswith("logit_scale")]
+    contrastive = [n for n, p in scales if p.numel() == 1]  # attention has one a head
     return [
         *_note(norms, "normalise over the batch in training (batch norm)"),
         *_note(capacity, "drop tokens above an expert's capacity, padding counted"),

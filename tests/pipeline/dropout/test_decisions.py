@@ -175,6 +175,13 @@ def test_layers_that_mix_samples_are_named(config_of):
     assert mixing_notes(nn.Sequential(nn.LayerNorm(3)), {}) == []
 
 
+@pytest.mark.parametrize(("size", "mixes"), [((), True), ((4, 1, 1), False)])
+def test_a_contrastive_loss_is_named_and_cosine_attention_is_not(size, mixes):
+    model = nn.Module()
+    model.logit_scale = nn.Parameter(torch.ones(size))
+    assert any("(contrastive)" in note for note in mixing_notes(model, {})) == mixes
+
+
 def test_a_plan_names_the_balancing_of_experts(config_of):
     from pipeline.model import plan_for
 

@@ -79,6 +79,23 @@ def test_parameters_of_a_layer_left_out_get_gradients_of_zero(bind, tokens):
     assert bound.model.model.decoder.embed_tokens.weight.grad.abs().sum() > 0
 
 
+def test_ddp_waits_for_no_parameter_of_a_layer_left_out(bind, tokens, tmp_path):
+    bound = bind("opt", ONLY_LAYERS | {"layer": 1.0})
+    bound.model.train()
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path / 'meet'}", rank=0, world_size=1
+    )
+    try:
+        model = nn.parallel.DistributedDataParallel(bound.model, find_unused_parameters=False)
+        for index in range(3):  # DDP complains in the step after
+            with bound.keyed.context(purpose="train", index=index, row_ids=torch.arange(3)):
+                model(**tokens()).logits.sum().backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    layer = bound.model.model.decoder.layers[0]
+    assert all(p.grad.eq(0).all() for p in layer.parameters())
+
+
 class Layer(nn.Linear):
     ran = 0
 
