@@ -25,6 +25,7 @@ from pipeline.dropout.noise import NOISE, NoiseMask
 from pipeline.dropout.plan import DropoutPlan
 from pipeline.dropout.positions import StackInputs, is_stack
 from pipeline.dropout.schedules import Limits, done_at, limits_at
+from pipeline.dropout.sites import AUGMENTATION
 from pipeline.dropout.spectrogram import (
     SPECTROGRAM,
     SpanMask,
@@ -192,8 +193,8 @@ class KeyedDropout:
 
     def _keys(self, purpose: str, index: int | Sequence[int]) -> dict[SiteCall, Tensor]:
         """The key of every site that is live in this purpose: one for all rows, or one a row."""
-        spans = [key for key in self._live if key[0] in (SPECTROGRAM, NOISE)]
-        masks = [key for key in self._live if key[0] not in (SPECTROGRAM, NOISE)]
+        spans = [key for key in self._live if key[0] in AUGMENTATION]
+        masks = [key for key in self._live if key[0] not in AUGMENTATION]
         found = self._keys_of(masks, purpose, index)
         if purpose == "train":  # augmentation: Monte-Carlo passes leave it out
             found |= self._keys_of(spans, "augment", index)

@@ -22,6 +22,7 @@ from pipeline.dropout.neighbours import learning_problems, linear_neighbours, wi
 from pipeline.dropout.positions import is_stack
 from pipeline.dropout.rates import problems_of, with_rates
 from pipeline.dropout.sites import (
+    AUGMENTATION,
     ROLE_OF_ATTRIBUTE,
     ROLE_OF_DOOR,
     SAMPLE_FIRST,
@@ -67,6 +68,10 @@ class DropoutPlan:
     def in_force(self, door: str | None = None) -> list[Site]:
         """The sites that draw, of one door or of all."""
         return [s for s in self.sites if s.in_force and door in (None, s.door)]
+
+    def in_passes(self) -> list[Site]:
+        """The sites that draw in Monte-Carlo passes too: all but augmentation."""
+        return [site for site in self.in_force() if site.door not in AUGMENTATION]
 
     def to_json(self) -> dict[str, Any]:
         return {

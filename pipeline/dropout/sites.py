@@ -52,6 +52,8 @@ ROLE_OF_ATTRIBUTE = {
 }
 
 SAMPLE_FIRST, SHARED = "sample-first", "shared"
+AUGMENTATION = ("spectrogram", "noise")
+"""Doors that draw in training only, never in Monte-Carlo passes."""
 ROLE_OF_DOOR = {"layer": "layer", "path": "path", "spectrogram": "spectrogram"}
 """Doors that let in one role only, which is also what they draw."""
 

@@ -41,7 +41,7 @@ class MonteCarlo:
     """
 
     def __init__(self, keyed: KeyedDropout, num_passes: int, *, strict: bool = True) -> None:
-        if not keyed.plan.in_force():
+        if not keyed.plan.in_passes():
             raise DropoutError(
                 "Monte-Carlo dropout needs a live site, but every rate of this run's dropout plan "
                 "is 0: all passes would be equal. Set a rate under `dropout:` (for models without "
@@ -142,7 +142,7 @@ def head_only_body(keyed: KeyedDropout) -> nn.Module | None:
     if found is None:
         return None
     name, body = found
-    is_live = any(f"{site.site}.".startswith(f"{name}.") for site in keyed.plan.in_force())
+    is_live = any(f"{site.site}.".startswith(f"{name}.") for site in keyed.plan.in_passes())
     return None if is_live else body
 
 

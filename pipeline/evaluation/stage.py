@@ -179,7 +179,7 @@ def _report(
         "mc": {
             "num_passes": predictor.monte_carlo.num_passes,
             "head_only": predictor.monte_carlo.body is not None,
-            "num_sites": len(plan.in_force()),
+            "num_sites": len(plan.in_passes()),
             "seconds": predictor.clock.seconds,
             "deterministic_seconds": predictor.clock.deterministic_seconds,
         },

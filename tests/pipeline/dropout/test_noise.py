@@ -9,6 +9,7 @@ from pipeline.dropout.context import KeyedDropout
 from pipeline.dropout.key import derive_key
 from pipeline.dropout.philox import lanes, philox_words
 from pipeline.errors import DropoutError
+from pipeline.evaluation.mc_dropout import MonteCarlo
 from pipeline.model import build_model, plan_for
 
 SEED, SITE = 1234567, "model.embed_tokens"
@@ -70,6 +71,11 @@ def test_monte_carlo_passes_and_evaluation_have_no_noise(noisy):
         in_pass = noisy.model(input_ids=ids).logits
     assert noisy.missing(active) == []
     assert in_pass.equal(noisy.model(input_ids=ids).logits)
+
+
+def test_noise_alone_makes_no_monte_carlo_passes(noisy):
+    with pytest.raises(DropoutError, match="Monte-Carlo dropout needs a live site"):
+        MonteCarlo(noisy, 4)
 
 
 def test_the_plan_lists_the_noise_and_the_trainer_does_not_see_it(config_of):
