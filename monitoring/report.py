@@ -226,6 +226,7 @@ def _plan(run: Run) -> dict[str, Any]:
     for site in sites:
         if site.get("in_force"):
             key = tuple(site.get(name) for name in ("role", "variant", "rate", "door"))
+            key += (changes_of(site),)
             groups[key] = groups.get(key, 0) + 1
     return {
         "sites": sites,
@@ -234,6 +235,15 @@ def _plan(run: Run) -> dict[str, Any]:
         "digest": run.plan.get("digest"),
         "notes": run.plan.get("notes") or [],
     }
+
+
+def changes_of(site: dict[str, Any]) -> str:
+    """How a site's rate changes: by step, by data domain, or by learning."""
+    if site.get("learned"):
+        return "learned"
+    progress = site.get("progress", "constant")
+    domains = [f"{name} {rate:g}" for name, rate in (site.get("domains") or {}).items()]
+    return ", ".join([progress] * (progress != "constant") + domains)
 
 
 def _system(run: Run) -> dict[str, Any]:

@@ -91,21 +91,31 @@ class LearnedRates(nn.Module):
         Raises:
             RunFolderError: it is missing or damaged, or belongs to other sites.
         """
-        try:
-            with safe_open(folder / FILE, "pt") as file:
-                names, logits = file.metadata().get("sites"), file.get_tensor(PARAMETER)
-        except (OSError, SafetensorError) as error:
-            raise RunFolderError(
-                f"{folder} was to hold the learned dropout rates in {FILE}, but they cannot be "
-                f"read: {error}. Bring the file back, or train the run again under another name."
-            ) from None
-        if names != json.dumps(list(self.named_rates())):
+        names, logits = _read(folder)
+        if names != list(self.named_rates()):
             raise RunFolderError(
                 f"{folder / FILE} holds the rates of other sites than the plan's: {names}. Train "
                 "the run again under another name."
             )
         with torch.no_grad():
             self.logits.copy_(logits)
+
+
+def saved_rates(folder: Path) -> dict[str, float]:
+    """The rates that a training left in a checkpoint or a model, by `site#call`."""
+    names, logits = _read(folder)
+    return dict(zip(names, logits.double().sigmoid().tolist(), strict=True))
+
+
+def _read(folder: Path) -> tuple[list[str], Tensor]:
+    try:
+        with safe_open(folder / FILE, "pt") as file:
+            return json.loads(file.metadata()["sites"]), file.get_tensor(PARAMETER)
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise RunFolderError(
+            f"{folder} was to hold the learned dropout rates in {FILE}, but they cannot be "
+            f"read: {error}. Bring the file back, or train the run again under another name."
+        ) from None
 
 
 def add_learned_rates(model: nn.Module, sites: Sequence[Site], settings: ConcreteConfig) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipeline.dropout.concrete import saved_rates
 from pipeline.dropout.decisions import dropped
 from pipeline.dropout.kernels import attention, rows
 from pipeline.dropout.key import STEP_ROW_ID, derive_key, row_id, signed
@@ -50,6 +51,8 @@ def mask_of_run(
     plan = DropoutPlan.read(run.plan)
     found = _find(plan, site)
     rate = _rate(plan, found, index, purpose, domain)
+    if found.learned:
+        rate = _learned_rate(run, found, purpose)
     key = derive_key(seed, purpose, index, found.variant, found.site, found.call)
     keep = _keep(found, key, sample, rate)
     return {
@@ -106,6 +109,15 @@ def _rate(plan: DropoutPlan, site: Site, index: int, purpose: str, domain: str |
     moves = purpose == "train" and site.progress != "constant"
     done = done_at(index, plan.num_steps, site.site) if moves else 1.0
     return rate_at(site, domain, done)
+
+
+def _learned_rate(run: RunFolder, site: Site, purpose: str) -> float:
+    if purpose == "train":
+        raise DropoutError(
+            f"The rate of {site.label} is learned: in training its mask is relaxed, not of zeros "
+            "and ones. Look up a Monte-Carlo pass (--purpose mc)."
+        )
+    return saved_rates(run.model)[f"{site.site}#{site.call}"]
 
 
 def _keep(site: Site, key: int, sample: int, rate: float) -> Tensor:

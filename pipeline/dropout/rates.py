@@ -160,6 +160,9 @@ def _schedules_without_layers(sites: Sequence[Site], config: DropoutConfig) -> l
     return problems
 
 
+_FOR_ALL_SAMPLES = ("layer", "spectrogram")
+
+
 def _wrong_domains(sites: Sequence[Site], config: DropoutConfig) -> list[str]:
     roles = sorted({site.role for site in sites})
     unknown = [
@@ -168,6 +171,12 @@ def _wrong_domains(sites: Sequence[Site], config: DropoutConfig) -> list[str]:
         for name, rates in config.domains.items()
         for role in rates
         if role not in roles
+    ]
+    together = sorted({s.role for s in sites if s.role in _FOR_ALL_SAMPLES and s.domains})
+    unknown += [
+        f"dropout.domains gives rates for {role}, but what it drops is decided for all samples of "
+        "a step, or by the model's own rate. Leave them out."
+        for role in together
     ]
     learned = sorted({site.role for site in sites if site.learned and site.domains})
     return unknown + [

@@ -12,7 +12,9 @@ from transformers.trainer_pt_utils import get_parameter_names
 
 from pipeline.config.schema import RunConfig
 from pipeline.data import TrainingStream
+from pipeline.dropout.concrete import PARAMETER, learned_rates_of
 from pipeline.dropout.context import KeyedDropout
+from pipeline.dropout.key import row_id
 from pipeline.dropout.schedules import NO_DOMAIN
 from pipeline.train import Parts
 from pipeline.verify.compare import Record
@@ -38,7 +40,8 @@ def run_by_hand(parts: Parts, num_steps: int) -> Record:
     losses = {}
     for step in range(num_steps):
         rows = [stream[k] for k in range(step * size, (step + 1) * size)]
-        losses[str(step + 1)] = one_step(model, keyed, rows, step)
+        alpha = config.train.r_drop_alpha
+        losses[str(step + 1)] = one_step(model, keyed, rows, step, alpha, len(parts.data.train))
         if config.train.max_grad_norm:
             nn.utils.clip_grad_norm_(model.parameters(), config.train.max_grad_norm)
         optimizer.step()
@@ -48,19 +51,50 @@ def run_by_hand(parts: Parts, num_steps: int) -> Record:
     return Record(probe.masks, probe.changed, losses, trained_weights(model))
 
 
-def one_step(model: nn.Module, keyed: KeyedDropout, rows: list[dict], step: int) -> float:
-    """Gradients of the mean loss over all items of a step; returns the loss."""
+def one_step(
+    model: nn.Module,
+    keyed: KeyedDropout,
+    rows: list[dict],
+    step: int,
+    alpha: float = 0.0,
+    num_rows: int = 1,
+) -> float:
+    """Gradients of the mean loss over all items of a step; returns the loss.
+
+    Args:
+        alpha: weight of R-Drop's divergence; above 0, each row is seen in two views.
+        num_rows: rows trained on, by which the term of learned rates is divided.
+    """
     items = sum(num_items(row) for row in rows)
     total = 0.0
     for row in rows:
-        ids = torch.tensor([row["sample_id"]])
-        domains = torch.tensor([row.get("domain", NO_DOMAIN)])
-        with keyed.context(purpose="train", index=step, row_ids=ids, domains=domains):
-            logits = model(**inputs_of(row)).logits
-            loss = summed_loss(logits, row) / items
-            loss.backward()
+        views = [forward(model, keyed, row, step, view) for view in ((1, 2) if alpha else (0,))]
+        loss = torch.stack([summed_loss(logits, row) for logits in views]).mean() / items
+        if alpha:
+            loss = loss + alpha * divergence(views, row) / items
+        loss.backward()
         total += float(loss.detach())
+    rates = learned_rates_of(model)
+    if rates is not None:
+        term = rates.regulariser(model) * len(rows) / (items * num_rows)
+        term.backward()
+        total += float(term.detach())
     return total
+
+
+def forward(model: nn.Module, keyed: KeyedDropout, row: dict, step: int, view: int) -> Tensor:
+    """Logits of one row under the masks of one of its views."""
+    ids = torch.tensor([row_id(row["sample_id"], view)])
+    domains = torch.tensor([row.get("domain", NO_DOMAIN)])
+    with keyed.context(purpose="train", index=step, row_ids=ids, domains=domains):
+        logits: Tensor = model(**inputs_of(row)).logits
+    return logits
+
+
+def divergence(views: list[Tensor], row: dict) -> Tensor:
+    """(KL(p | q) + KL(q | p)) / 2 of two views, over the predicted tokens."""
+    p, q = (v[0].log_softmax(-1) if "labels" in row else v[0, :-1].log_softmax(-1) for v in views)
+    return ((p.exp() * (p - q)).sum() + (q.exp() * (q - p)).sum()) / 2
 
 
 def inputs_of(row: dict) -> dict[str, Tensor]:
@@ -87,11 +121,15 @@ def adamw(model: nn.Module, config: RunConfig) -> torch.optim.Optimizer:
     """AdamW as the Trainer sets it up: no decay on biases and norms."""
     train = config.train
     decayed = set(get_parameter_names(model, [nn.LayerNorm], NO_DECAY))
-    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    rates = learned_rates_of(model)
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad and n != PARAMETER]
     groups = [
         {"params": [p for n, p in named if n in decayed], "weight_decay": train.weight_decay},
         {"params": [p for n, p in named if n not in decayed], "weight_decay": 0.0},
     ]
+    if rates is not None:
+        own = {"params": [rates.logits], "lr": rates.settings.learning_rate, "weight_decay": 0.0}
+        groups.append(own)
     betas = (train.adam_beta1, train.adam_beta2)
     return torch.optim.AdamW(groups, lr=train.learning_rate, betas=betas, eps=train.adam_epsilon)
 

@@ -10,10 +10,12 @@ from torch import nn
 from pipeline.config.schema import ConcreteConfig
 from pipeline.dropout.concrete import LearnedRates, learned_rates_of
 from pipeline.dropout.key import derive_key
+from pipeline.dropout.lookup import mask_of_run
 from pipeline.dropout.philox import philox4x32_10
 from pipeline.dropout.sites import Site
 from pipeline.errors import DropoutError, RunFolderError
 from pipeline.model import plan_for
+from pipeline.records import RunFolder, write_json
 
 LEARNED = {"rate": 0.2, "learned": True}
 
@@ -166,3 +168,15 @@ def test_rates_that_are_missing_or_of_other_sites_are_an_error(bound, tmp_path):
     LearnedRates([site()], ConcreteConfig()).save(tmp_path)
     with pytest.raises(RunFolderError, match="rates of other sites"):
         learned_rates_of(bound.model).load(tmp_path)
+
+
+def test_looking_up_a_learned_mask_needs_a_pass_and_reads_the_learned_rate(bound, tmp_path):
+    run = RunFolder(tmp_path)
+    run.model.mkdir()
+    write_json(run.plan, bound.plan.to_json())
+    learned_rates_of(bound.model).logits.data.fill_(math.log(0.6 / 0.4))
+    learned_rates_of(bound.model).save(run.model)
+    name = "bert.encoder.layer.0.output.dropout"
+    assert mask_of_run(run, 1, 0, name, 5, "mc")["rate"] == pytest.approx(0.6)
+    with pytest.raises(DropoutError, match="relaxed"):
+        mask_of_run(run, 1, 0, name, 5, "train")
