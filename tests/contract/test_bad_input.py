@@ -237,6 +237,7 @@ def save_run(folder: Path, plan: str) -> None:
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(dump_config(load_config("good.yaml")))
     (folder / "plan.json").write_text(plan)
+    (folder / "labels.json").write_text('["no", "yes"]')
 
 
 def save_files() -> None:

@@ -84,7 +84,7 @@ def test_the_schema_hands_the_documentation_of_fields_to_editors(masklock):
 
 def test_train_hands_on_the_configuration_and_the_exit_code(masklock, stage, yaml_file):
     seen = []
-    stage("pipeline.train", "train", lambda config, say: seen.append(config) or 75)
+    stage("pipeline.train", "train", lambda config, say, **_: seen.append(config) or 75)
     code, _, _ = masklock("train", yaml_file, "train.max_steps=3", "--local_rank=1")
     assert code == 75
     assert seen[0].train.max_steps == 3

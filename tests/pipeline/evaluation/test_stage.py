@@ -11,6 +11,7 @@ import torch
 from sklearn.metrics import accuracy_score, f1_score, roc_auc_score
 
 from pipeline.config.load import dump_config
+from pipeline.config.roles import RoleDropout
 from pipeline.config.schema import RunConfig
 from pipeline.data import load_raw, prepare_data
 from pipeline.errors import ConfigError, DataError, RunFolderError
@@ -310,7 +311,9 @@ def test_data_that_names_other_classes_is_refused(classifier):
 
 
 def test_what_the_training_settled_cannot_be_changed(classifier):
-    dropout = classifier.config.dropout.model_copy(update={"hidden": 0.5, "strict": False})
+    dropout = classifier.config.dropout.model_copy(
+        update={"hidden": RoleDropout(rate=0.5), "strict": False}
+    )
     config = classifier.config.model_copy(update={"dropout": dropout})
     with pytest.raises(ConfigError, match=r"dropout\.hidden: 0\.1 -> 0\.5: settled") as caught:
         evaluate(classifier.run, config)
