@@ -91,13 +91,18 @@ def train(
 @app.command()
 def evaluate(run: Run, overrides: Overrides = None) -> None:
     """Deterministic and Monte-Carlo passes, calibration, out-of-distribution scores."""
-    loaded = _load(run, overrides)
-    folder = _folder(run, loaded)
-    from monitoring.figures import save_figures
-    from pipeline.evaluation.stage import evaluate as stage
+    from pipeline.failure import failing_together
 
-    result = stage(folder, loaded, _say, save_figures)
-    _say(*result["verdict"], str(folder.report_json))
+    with failing_together(functools.partial(typer.echo, err=True)):
+        loaded = _load(run, overrides)
+        folder = _folder(run, loaded)
+        from monitoring.figures import save_figures
+        from pipeline.evaluation.stage import evaluate as stage
+        from pipeline.parallel import read_launch
+
+        result = stage(folder, loaded, _say, save_figures)
+        if read_launch().is_main:
+            _say(*result["verdict"], str(folder.report_json))
 
 
 @app.command()

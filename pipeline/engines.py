@@ -245,6 +245,19 @@ def built_whole(unless: bool = False) -> Iterator[None]:
         integration._hf_deepspeed_config_weak_ref = before
 
 
+@contextmanager
+def unsharded() -> Iterator[None]:
+    """Each process holds whole models inside, whichever engine the launcher asked for."""
+    name = "ACCELERATE_USE_FSDP"  # transformers would load the weights on the main process alone
+    before = os.environ.pop(name, None)
+    try:
+        with built_whole():
+            yield
+    finally:
+        if before is not None:
+            os.environ[name] = before
+
+
 def _without_helper_build() -> None:
     """DeepSpeed would compile a helper of some minutes at its first start on a CPU.
 

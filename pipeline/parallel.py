@@ -8,12 +8,15 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
 
 from pipeline.errors import LayoutError
 
+LONGEST_WAIT = timedelta(hours=6)
+"""For a process that is slow; one that is gone is found out at once by pipeline/failure.py."""
 ENGINES = {"ACCELERATE_USE_DEEPSPEED": "DEEPSPEED", "ACCELERATE_USE_FSDP": "FSDP"}
 
 
@@ -111,6 +114,32 @@ def local_world_size(environment: Mapping[str, str] = os.environ) -> int:
     return _integer(environment, "LOCAL_WORLD_SIZE", 1)
 
 
+def own_device(use_cpu: bool | None) -> torch.device:
+    """The accelerator of this process among those of its machine, or the CPU."""
+    accelerator = torch.accelerator.current_accelerator()
+    if accelerator is None or (default_use_cpu() if use_cpu is None else use_cpu):
+        return torch.device("cpu")
+    device = torch.device(accelerator.type, _integer(os.environ, "LOCAL_RANK", 0))
+    torch.accelerator.set_device_index(device.index)
+    return device
+
+
+@contextmanager
+def exchanging(launch: Launch) -> Iterator[None]:
+    """Connect processes that share out rows and exchange results; their models know nothing of it.
+
+    Where they are connected already, as in a training, they stay so.
+    """
+    if launch.world_size == 1 or _is_distributed():
+        yield
+        return
+    torch.distributed.init_process_group("gloo", timeout=LONGEST_WAIT)
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def default_use_cpu() -> bool:
     """True without an accelerator: otherwise torchrun's processes do not find each other."""
     return not torch.accelerator.is_available()
@@ -168,6 +197,15 @@ def from_all(value: Any) -> list[Any]:
         return [value]
     boxes: list[Any] = [None] * world_size()
     torch.distributed.all_gather_object(boxes, value)
+    return boxes
+
+
+def to_main(value: Any) -> list[Any]:
+    """One value of each process, in rank order, on the main process; nothing on the others."""
+    if not _is_distributed():
+        return [value]
+    boxes: list[Any] = [None] * world_size() if is_main() else []
+    torch.distributed.gather_object(value, boxes if is_main() else None)
     return boxes
 
 

@@ -1,7 +1,7 @@
 """Predicts once, plain and Monte-Carlo, so that everything after it is pure functions.
 
-Batches hold rows of like length; results come back in the order of the rows. No number depends on
-the batches.
+Batches hold rows of like length, and processes take whole batches in turn: which process ran a row
+changes no bit of it. The main process gets all results, in the order of the rows.
 """
 
 import time
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from pipeline import parallel
 from pipeline.evaluation.forward import FeatureTap, kept_outputs, logits_of
 from pipeline.evaluation.mc_dropout import MonteCarlo
 from pipeline.evaluation.token_uncertainty import SampleUncertainty, TokenSums, TokenUncertainty
@@ -79,34 +80,59 @@ class Predictor:
         self.collate, self.monte_carlo, self.batch_size = collate, monte_carlo, batch_size
         self.has_classes = has_classes
         self.clock = Clock()
-        self._device = next(model.parameters()).device
+        self.device = next(model.parameters()).device
 
-    def predict(self, rows: "Dataset") -> ClassPrediction | TokenPrediction:
-        """Predictions for all rows, in their order."""
+    def predict(self, rows: "Dataset") -> Any:
+        """Predictions for all rows, in their order, on the main process.
+
+        Returns:
+            ClassPrediction or TokenPrediction; None on the other processes.
+        """
         one_batch = self._classes if self.has_classes else self._tokens
         parts, order = [], []
         for places, batch in self._batches(rows):
             parts.append(one_batch(batch))
             order.extend(places)
-        return _in_order(_joined(parts), order)
+        found = parallel.to_main((_joined(parts), order) if parts else None)
+        every = [part for part in found if part is not None]
+        if not every:
+            return None
+        return _in_order(_joined([part for part, _ in every]), sum((o for _, o in every), []))
 
     def features(self, rows: "Dataset") -> tuple[Tensor, Tensor]:
-        """Features [N, D] of a plain pass and labels [N] (-1: none), in the order of the rows."""
+        """Features [N, D] of a plain pass and labels [N] (-1: none), in the order of the rows.
+
+        On the main process; on the others both are empty.
+        """
         found, labels, order = [], [], []
         for places, batch in self._batches(rows):
             found.append(self._plain(_inputs(batch)).features)
             labels.append(_class_labels(batch) if self.has_classes else _no_labels(batch))
             order.extend(places)
+        every = parallel.to_main((found, labels, order))
+        if not every:
+            return torch.empty(0), torch.empty(0)
+        found, labels, order = (sum(parts, []) for parts in zip(*every, strict=True))
         back = _inverse(order)
         return torch.cat(found)[back], torch.cat(labels)[back]
+
+    def slowest_clock(self) -> Clock:
+        """The seconds of the process that took longest, on every process."""
+        clocks = parallel.from_all(self.clock)
+        return Clock(
+            max(clock.deterministic_seconds for clock in clocks),
+            max(clock.seconds for clock in clocks),
+        )
 
     def _batches(self, rows: "Dataset") -> Iterator[tuple[list[int], dict[str, Tensor]]]:
         lengths = [len(ids) for ids in rows["input_ids"][:]]
         by_length = sorted(range(len(lengths)), key=lambda place: -lengths[place])
-        for start in range(0, len(by_length), self.batch_size):
+        # Whole batches, not rows, are shared out: each has the shape that one process would run.
+        first, step = parallel.rank() * self.batch_size, parallel.world_size() * self.batch_size
+        for start in range(first, len(by_length), step):
             places = by_length[start : start + self.batch_size]
             batch = self.collate([rows[place] for place in places])
-            yield places, {name: value.to(self._device) for name, value in batch.items()}
+            yield places, {name: value.to(self.device) for name, value in batch.items()}
 
     def _timed_plain(self, batch: dict[str, Tensor]) -> "_PlainPass":
         started = time.perf_counter()

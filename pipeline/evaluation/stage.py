@@ -1,4 +1,8 @@
-"""The evaluation stage: a trained run -> evaluation/report.json and evaluation/samples.parquet."""
+"""The evaluation stage: a trained run -> evaluation/report.json and evaluation/samples.parquet.
+
+Several processes (torchrun, `accelerate launch`) share out the batches; the main one judges and
+writes, and the files are those of one process.
+"""
 
 import io
 import platform
@@ -10,8 +14,9 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
+from torch import Tensor
 
+from pipeline import agreement, engines, parallel
 from pipeline.config.load import config_diff, load_config
 from pipeline.config.schema import RunConfig
 from pipeline.data import PreparedData, load_raw, prepare_data
@@ -22,11 +27,10 @@ from pipeline.errors import ConfigError, DataError, RunFolderError
 from pipeline.evaluation import judge
 from pipeline.evaluation.mc_dropout import MonteCarlo
 from pipeline.evaluation.ood.registry import FeatureDetector, fit_detectors
-from pipeline.evaluation.predict import Predictor
+from pipeline.evaluation.predict import Clock, Predictor
 from pipeline.evaluation.samples import joined, samples_table
 from pipeline.evaluation.verdict import verdict
 from pipeline.modality.bundle import MODALITIES, chosen
-from pipeline.parallel import default_use_cpu
 from pipeline.records import RunFolder, read_jsonl, write_bytes, write_json
 from pipeline.tracking import open_tracker
 from pipeline.trained import require_same_labels, trained_model, trained_tokenizer
@@ -54,18 +58,41 @@ def evaluate(
         figures: draws the evaluated run for the trackers: PNG files by name.
 
     Returns:
-        The report, as written to `evaluation/report.json`.
+        The report, as written to `evaluation/report.json`; the same on every process.
     """
+    launch = parallel.read_launch()
+    devices = parallel.visible_devices(config.train.use_cpu)
+    parallel.require_devices(parallel.local_world_size(), devices)
+    with parallel.exchanging(launch):
+        is_main = parallel.is_main()
+        return _evaluate(run, config, say if is_main else _keep_quiet, figures)
+
+
+def _evaluate(run: RunFolder, config: RunConfig, say: Say, figures: Figures) -> dict[str, Any]:
     plan = _read_plan(run, config)
+    agreement.agree(agreement.start_facts(config))
     data, predictor = _load(run, config, plan)
     fit_rows = _rows_to_fit(data, config)
+    _agree_on_masks(predictor, data)
     predictions = _predict(predictor, data, say)
-    detectors = _fit(predictor, fit_rows, config)
-    scores = {split: judge.scores_of(part, detectors) for split, part in predictions.items()}
-    report = _report(config, plan, data, predictor, predictions, scores)
-    _write(run, report, _samples(data, predictions, scores))
-    say(_track(run, config, report, figures(run)))
-    return report
+    to_fit, clock = predictor.features(fit_rows), predictor.slowest_clock()
+    report = None
+    if parallel.is_main():
+        detectors = _fit(to_fit, predictor.has_classes, config)
+        scores = {split: judge.scores_of(part, detectors) for split, part in predictions.items()}
+        report = _report(config, data, predictor, clock, predictions, scores)
+        _write(run, report, _samples(data, predictions, scores))
+        say(_track(run, config, report, figures(run)))
+    return dict(parallel.from_main(report))
+
+
+def _keep_quiet(sentence: str) -> None:
+    """The main process speaks for all."""
+
+
+def _agree_on_masks(predictor: Predictor, data: PreparedData) -> None:
+    keyed, device = predictor.monte_carlo.keyed, predictor.device
+    agreement.agree(agreement.run_facts(keyed.plan, keyed.seed, data.fingerprint, 0, device))
 
 
 # -- what there is to evaluate -------------------------------------------------------------------
@@ -90,9 +117,12 @@ def _read_plan(run: RunFolder, config: RunConfig) -> DropoutPlan:
 
 def _load(run: RunFolder, config: RunConfig, plan: DropoutPlan) -> tuple[PreparedData, Predictor]:
     tokenizer = trained_tokenizer(run, config)
-    data = prepare_data(config, load_raw(config), tokenizer)
+    with parallel.main_first():
+        data = prepare_data(config, load_raw(config), tokenizer)
     require_same_labels(run, data)
-    model = trained_model(run, config, plan, tokenizer).to(_device(config))
+    with engines.unsharded():
+        model = trained_model(run, config, plan, tokenizer)
+    model.to(parallel.own_device(config.train.use_cpu))
     keyed = KeyedDropout(model, plan, config.seed)
     passes = config.evaluation.num_mc_passes
     predictor = Predictor(
@@ -103,12 +133,6 @@ def _load(run: RunFolder, config: RunConfig, plan: DropoutPlan) -> tuple[Prepare
         has_classes=data.label_names is not None,
     )
     return data, predictor
-
-
-def _device(config: RunConfig) -> torch.device:
-    use_cpu = default_use_cpu() if config.train.use_cpu is None else config.train.use_cpu
-    accelerator = torch.accelerator.current_accelerator()
-    return torch.device("cpu") if use_cpu or accelerator is None else accelerator
 
 
 def _rows_to_fit(data: PreparedData, config: RunConfig) -> Any:
@@ -142,11 +166,13 @@ def _reported(data: PreparedData) -> dict[str, Any]:
     return {"test": data.test} | {f"ood:{name}": rows for name, rows in data.ood.items()}
 
 
-def _fit(predictor: Predictor, rows: Any, config: RunConfig) -> dict[str, FeatureDetector]:
-    features, labels = predictor.features(rows)
+def _fit(
+    fitted_on: tuple[Tensor, Tensor], has_classes: bool, config: RunConfig
+) -> dict[str, FeatureDetector]:
+    features, labels = fitted_on
     return fit_detectors(
         features,
-        labels if predictor.has_classes else None,
+        labels if has_classes else None,
         num_neighbours=config.evaluation.knn_neighbours,
     )
 
@@ -156,9 +182,9 @@ def _fit(predictor: Predictor, rows: Any, config: RunConfig) -> dict[str, Featur
 
 def _report(
     config: RunConfig,
-    plan: DropoutPlan,
     data: PreparedData,
     predictor: Predictor,
+    clock: Clock,
     predictions: Mapping[str, judge.Prediction],
     scores: Mapping[str, judge.Scores],
 ) -> dict[str, Any]:
@@ -179,9 +205,9 @@ def _report(
         "mc": {
             "num_passes": predictor.monte_carlo.num_passes,
             "head_only": predictor.monte_carlo.body is not None,
-            "num_sites": len(plan.in_passes()),
-            "seconds": predictor.clock.seconds,
-            "deterministic_seconds": predictor.clock.deterministic_seconds,
+            "num_sites": len(predictor.monte_carlo.keyed.plan.in_passes()),
+            "seconds": clock.seconds,
+            "deterministic_seconds": clock.deterministic_seconds,
         },
         **judge.judge(predictions["test"], predictions["validation"], config),
         "ood": judge.ood_section(scores["test"], outside, config.evaluation, config.seed),

@@ -3,6 +3,10 @@
 import copy
 import json
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pandas as pd
@@ -290,6 +294,71 @@ def test_the_headline_numbers_are_a_row_of_the_metrics(evaluated):
     row = next(row for row in read_jsonl(evaluated.run.metrics) if "eval/mc_loss" in row)
     assert row["step"] == 40
     assert row["eval/mc_loss"] == evaluated.report["quality"]["mc"]["loss"]
+
+
+# -- several processes ---------------------------------------------------------------------------
+
+ROOT = Path(__file__).resolve().parents[3]
+TWICE = """
+import contextlib, os, torch
+from pipeline.__main__ import main
+from pipeline.errors import ModelError
+from pipeline.evaluation.predict import Predictor
+
+def fail(self, batch):
+    raise ModelError("these logits are broken")
+
+torch.distributed.init_process_group("gloo")  # is kept, as that of a training
+with contextlib.suppress(SystemExit):
+    main()
+if os.environ["RANK"] == "1":
+    Predictor._tokens = fail
+main()
+"""
+
+
+def run_two(folder, *words):
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1"]
+    command += ["--config_file", str(ROOT / "configs/accelerate/ddp.yaml")]
+    command += ["--num_processes", "2", "--main_process_port", "0", *words]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=100
+    )
+
+
+def without_times(report):
+    mc = {name: value for name, value in report["mc"].items() if "seconds" not in name}
+    return {**report, "mc": mc, "created": None}
+
+
+def forget_files(evaluated):
+    evaluated.run.report_json.unlink()
+    evaluated.run.samples.unlink()
+
+
+def assert_same_files(evaluated):
+    """Written by two processes, equal those of one to the last bit, but for times."""
+    found = json.loads(evaluated.run.report_json.read_text())
+    assert without_times(found) == without_times(json.loads(json.dumps(evaluated.report)))
+    pd.testing.assert_frame_equal(pd.read_parquet(evaluated.run.samples), evaluated.samples)
+
+
+def test_two_processes_write_the_files_of_one(classifier, tmp_path):
+    forget_files(classifier)
+    done = run_two(tmp_path, "-m", "pipeline", "evaluate", str(classifier.run.path))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("Predicting 21 rows: test.") == done.stdout.count("report.json") == 1
+    assert_same_files(classifier)
+
+
+def test_two_processes_judge_tokens_as_one_and_fail_together(language_model, tmp_path):
+    forget_files(language_model)
+    (tmp_path / "child.py").write_text(TWICE)
+    done = run_two(tmp_path, "child.py", "evaluate", str(language_model.run.path))
+    assert done.returncode != 0  # of the second time, when one process failed; and no hang
+    assert done.stderr.count("masklock: these logits are broken") == 1, done.stderr[-3000:]
+    assert_same_files(language_model)
 
 
 # -- refusals and odd data -----------------------------------------------------------------------
