@@ -9,10 +9,11 @@ SHELL  := /bin/bash
 # Installing again is needed only when one of these changed; an editable install follows the code by itself.
 INSTALLED_FROM := pyproject.toml constraints.txt $(wildcard setup.py pipeline/dropout/kernels/*.cpp)
 
-.PHONY: help quickstart test check bench clean
+.PHONY: help quickstart test drills check bench clean
 help:
 	@echo "make quickstart  install, then fine-tune, evaluate and report on real data (offline, CPU)"
 	@echo "make test        install, then run all tests"
+	@echo "make drills      every engine stopped, changed and broken in every way, about a quarter of an hour"
 	@echo "make check       ruff, ruff format, mypy"
 	@echo "make bench       comparisons with the usual tools, about half an hour"
 
@@ -22,6 +23,9 @@ quickstart: $(VENV)/.demo
 test: $(VENV)/.test
 	@started=$$(date +%s); $(BIN)/python -m pytest $(PYTEST_ARGS); status=$$?; \
 	echo "make test: pytest took $$(( $$(date +%s) - started )) s"; exit $$status
+
+drills: $(VENV)/.test
+	$(BIN)/python -m pytest -m drill $(PYTEST_ARGS)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

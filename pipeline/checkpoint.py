@@ -87,6 +87,14 @@ def step_of(checkpoint: Path) -> int | None:
     return int(match[1]) if match else None
 
 
+def is_finished(checkpoint: Path, max_steps: int, patience: int | None) -> bool:
+    """Whether no step is left: all done, or early stopping had decided before the save."""
+    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    saved = (state.get("stateful_callbacks") or {}).get("EarlyStoppingCallback")
+    waited = saved["attributes"]["early_stopping_patience_counter"] if saved else 0
+    return state["global_step"] >= max_steps or (patience is not None and waited >= patience)
+
+
 def rotate(run: Path, keep: int, best: Path | None) -> list[Path]:
     """Delete all but the newest `keep` committed checkpoints and the best one; say which went."""
     checkpoints = list_checkpoints(run)

@@ -6,29 +6,25 @@ moved.
 
 import errno
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PrinterCallback, Trainer, TrainerState
-from transformers import trainer as trainer_module
 from transformers.trainer import (
     OPTIMIZER_NAME,
     SCHEDULER_NAME,
     TRAINER_STATE_NAME,
     TRAINING_ARGS_NAME,
 )
-from transformers.utils import logging as hf_logging
 
 from pipeline import checkpoint, parallel, sharding, zero
 from pipeline.callbacks import Meter
 from pipeline.config.schema import TrainConfig
 from pipeline.dropout.context import ActiveMasks, KeyedDropout
 from pipeline.errors import DropoutError, NonFiniteLossError
+from pipeline.library_output import quiet_bars
 from pipeline.modality.bundle import Modality
 from pipeline.objective import Objective
 from pipeline.records import RunFolder
@@ -76,6 +72,7 @@ class LockedTrainer(Trainer):
     """
 
     model: Any
+    objective: Objective
 
     def __init__(
         self,
@@ -160,7 +157,7 @@ class LockedTrainer(Trainer):
         optimizer: Any = super().create_optimizer(model)
         rates = self.objective.rates
         if rates is not None:
-            if self.is_fsdp_enabled or self._zero_stage() == 3:
+            if self.is_fsdp_enabled or self.zero_stage() == 3:
                 raise DropoutError(
                     "Learned dropout rates need each layer's whole weights, which this engine cuts "
                     "up. Train on DDP or ZeRO 1 or 2, or set learned to false."
@@ -170,10 +167,6 @@ class LockedTrainer(Trainer):
             own = {"params": [rates.logits], "weight_decay": 0.0}
             optimizer.add_param_group(own | {"lr": rates.settings.learning_rate})
         return optimizer
-
-    def _zero_stage(self) -> int:
-        plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
-        return plugin.zero_stage if plugin is not None else 0
 
     # -- validation ------------------------------------------------------------------------------
 
@@ -219,8 +212,12 @@ class LockedTrainer(Trainer):
         parallel.barrier()
 
     def _commit(self, folder: Path) -> None:
-        layout = {"step": self.state.global_step, "world_size": parallel.world_size()}
-        checkpoint.commit(folder, layout | self.engine_facts() | self.facts)
+        layout = {
+            "step": self.state.global_step,
+            "world_size": parallel.world_size(),
+            "zero_stage": self.zero_stage(),
+        }
+        checkpoint.commit(folder, layout | self.facts)
         checkpoint.rotate(self.run.path, self.train_config.save_total_limit, self.best_checkpoint())
 
     def save_model(self, output_dir=None, _internal_call=False):
@@ -294,7 +291,7 @@ class LockedTrainer(Trainer):
             sharding.load_weights(self.model, best)
         elif best is not None:
             self.state.best_model_checkpoint = str(best)
-            with self._loading_deepspeed():
+            with zero.loading_any_layout(self.carries_optimizer):
                 self._load_best_model()
         return best
 
@@ -310,46 +307,27 @@ class LockedTrainer(Trainer):
         """Train to the end from a whole checkpoint, or from the beginning."""
         if found is not None:
             self._load_rates(found)
-        if found is not None and self._is_finished(found):
+        patience = self.train_config.early_stopping_patience
+        if found and checkpoint.is_finished(found, self.args.max_steps, patience):
             self._load_whole(found)
             self.state = TrainerState.load_from_json(str(found / TRAINER_STATE_NAME))
             self.is_only_loaded = True
             return
-        is_foreign = self.is_deepspeed_enabled and found and not self._was_zero(found)
+        is_foreign = self.is_deepspeed_enabled and found and not self.carries_optimizer(found)
         if found is not None and (is_foreign or self.is_fsdp_enabled):
             self._load_whole(found)
-        with self._loading_deepspeed():
+        with zero.loading_any_layout(self.carries_optimizer):
             self.train(resume_from_checkpoint=str(found) if found else None)
 
-    def engine_facts(self) -> dict[str, Any]:
-        """Which engine writes the optimizer's state, for every manifest."""
-        zero_stage = zero.stage_of(self.model_wrapped) if self.is_deepspeed_enabled else None
-        fsdp = "FSDP" if self.is_fsdp_enabled else "plain"
-        return {"engine": "DEEPSPEED" if zero_stage else fsdp, "zero_stage": zero_stage}
+    def zero_stage(self) -> int | None:
+        """The stage that DeepSpeed runs, if it does."""
+        plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
+        return int(plugin.zero_stage) if plugin is not None else None
 
     def carries_optimizer(self, found: Path) -> bool:
         """Whether the optimizer's state of a checkpoint can be read by the engine running now."""
-        return self._was_zero(found) == self.is_deepspeed_enabled
-
-    def _was_zero(self, found: Path) -> bool:
-        return checkpoint.read_manifest(found).get("engine") == "DEEPSPEED"
-
-    @contextmanager
-    def _loading_deepspeed(self) -> Iterator[None]:
-        """The Trainer loads DeepSpeed's checkpoints by a function of its module: ours meanwhile."""
-        native = trainer_module.deepspeed_load_checkpoint
-
-        def load(engine: Any, folder: str, load_module_strict: bool = True) -> None:
-            if self._was_zero(Path(folder)):
-                manifest = checkpoint.read_manifest(Path(folder))
-                once = partial(native, engine, folder, load_module_strict=load_module_strict)
-                zero.load(engine, Path(folder), manifest, once)
-
-        trainer_module.deepspeed_load_checkpoint = load
-        try:
-            yield
-        finally:
-            trainer_module.deepspeed_load_checkpoint = native
+        stage = checkpoint.read_manifest(found).get("zero_stage")
+        return zero.family(stage) == zero.family(self.zero_stage())
 
     def _load_whole(self, folder: Path) -> None:
         """Weights in Hugging Face format, whichever engine wrote them, before they are sharded."""
@@ -394,15 +372,6 @@ class LockedTrainer(Trainer):
         if self.objective.rates is not None:
             self.objective.rates.load(folder)
 
-    def _is_finished(self, found: Path) -> bool:
-        """Whether no step is left: all done, or early stopping had decided before the save."""
-        state = TrainerState.load_from_json(str(found / TRAINER_STATE_NAME))
-        patience = self.train_config.early_stopping_patience
-        saved = (state.stateful_callbacks or {}).get("EarlyStoppingCallback")
-        waited = saved["attributes"]["early_stopping_patience_counter"] if saved else 0
-        is_out_of_patience = patience is not None and waited >= patience
-        return state.global_step >= self.args.max_steps or is_out_of_patience
-
 
 def _read_tensors(file: Path) -> Any:
     return torch.load(file, map_location="cpu", weights_only=True)
@@ -415,15 +384,3 @@ def non_finite_rows(loss: Tensor, logits: Tensor, sample_ids: Tensor) -> list[in
     bad = ~torch.isfinite(logits.detach()).flatten(1).all(1)
     rows = sample_ids[bad] if bool(bad.any()) else sample_ids
     return [int(row) for row in rows]
-
-
-@contextmanager
-def quiet_bars() -> Iterator[None]:
-    """No bar of its own for every file that is saved: it would tear our bar apart."""
-    was_on = hf_logging.is_progress_bar_enabled()
-    hf_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if was_on:
-            hf_logging.enable_progress_bar()

@@ -8,13 +8,15 @@ import contextlib
 import io
 import shutil
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import trainer as trainer_module
 
-from pipeline import parallel
+from pipeline import checkpoint, parallel
 from pipeline.errors import CheckpointError
 
 UNIVERSAL = ".universal"
@@ -28,6 +30,28 @@ def family(zero_stage: int | None) -> str:
 def stage_of(engine: Any) -> int:
     """The ZeRO stage that an engine runs."""
     return int(engine.zero_optimization_stage())
+
+
+@contextlib.contextmanager
+def loading_any_layout(is_readable: Callable[[Path], bool]) -> Iterator[None]:
+    """The Trainer loads DeepSpeed's checkpoints by a function of its module: ours meanwhile.
+
+    Args:
+        is_readable: whether the engine can read a checkpoint's optimizer state; where not, the
+            weights alone were loaded before.
+    """
+    native = trainer_module.deepspeed_load_checkpoint
+
+    def load_any(engine: Any, folder: str, load_module_strict: bool = True) -> None:
+        if is_readable(Path(folder)):
+            once = partial(native, engine, folder, load_module_strict=load_module_strict)
+            load(engine, Path(folder), checkpoint.read_manifest(Path(folder)), once)
+
+    trainer_module.deepspeed_load_checkpoint = load_any
+    try:
+        yield
+    finally:
+        trainer_module.deepspeed_load_checkpoint = native
 
 
 def load(engine: Any, folder: Path, manifest: Mapping[str, Any], native: Any) -> None:

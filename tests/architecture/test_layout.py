@@ -22,6 +22,8 @@ FLOORS = {
     "pipeline.config": 0,
     "pipeline.library_output": 1,
     "pipeline.parallel": 1,
+    "pipeline.engines": 1,
+    "pipeline.failure": 1,
     "pipeline.tracking": 1,
     "pipeline.dropout": 2,
     "pipeline.modality": 3,
@@ -37,6 +39,9 @@ FLOORS = {
     "pipeline.checkpoint": 4,
     "pipeline.arguments": 5,
     "pipeline.objective": 5,
+    "pipeline.agreement": 5,
+    "pipeline.sharding": 5,
+    "pipeline.zero": 5,
     "pipeline.callbacks": 5,
     "pipeline.trainer": 5,
     "pipeline.validation": 5,
@@ -50,6 +55,9 @@ FLOORS = {
     "pipeline.__main__": 8,
 }
 TRAINING = {
+    "pipeline.agreement",
+    "pipeline.sharding",
+    "pipeline.zero",
     "pipeline.arguments",
     "pipeline.objective",
     "pipeline.callbacks",
