@@ -17,6 +17,7 @@ M = W / (1 - p) here, since kept values are scaled up.
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -73,10 +74,10 @@ class LearnedRates(nn.Module):
         for site, logit in zip(self.sites, self.logits, strict=True):
             p = logit.sigmoid()
             entropy = nn.functional.softplus(logit) - p * logit
-            squares = [layers[name].weight.float().square().sum() for name in site.linears]
-            weights = torch.stack(squares).sum() / (1 - p)
+            weights = [cast(Tensor, layers[name].weight).float() for name in site.linears]
+            squares = torch.stack([weight.square().sum() for weight in weights]).sum()
             prior = self.settings.length_scale**2 / 2
-            terms.append(prior * weights - site.shape[-1] * entropy)
+            terms.append(prior * squares / (1 - p) - site.shape[-1] * entropy)
         return torch.stack(terms).sum()
 
     def save(self, folder: Path) -> None:

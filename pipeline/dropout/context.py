@@ -221,7 +221,7 @@ class KeyedDropout:
         limits = {}
         for call, mask in self._live.items():
             if mask.site.learned:
-                rates, place = cast(SiteMask, mask).learned or (None, 0)
+                rates, place = mask.learned or (None, 0)
                 assert rates is not None
                 site = replace(mask.site, rate=rates.rates()[place], learned=False)
                 limits[call] = limits_at(site, [1.0], (), None)
