@@ -7,6 +7,7 @@ import importlib.util
 import json
 import logging
 import os
+import tempfile
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from typing import Any
 import yaml
 
 from pipeline.errors import LayoutError
+from pipeline.failure import EXIT_CODE_FILE
 
 ROOT = Path(__file__).resolve().parents[1]
 PRESETS = ROOT / "configs" / "accelerate"
@@ -88,13 +90,17 @@ def _run_launcher(words: list[str]) -> int:
 
     # The processes say what failed; the launcher would say again that they did.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    told = tempfile.NamedTemporaryFile(prefix="masklock-")
+    os.environ[EXIT_CODE_FILE] = told.name
     try:
         launch_command(launch_command_parser().parse_args(words))
     except ChildFailedError as error:
         _, failure = error.get_first_failure()
         return int(failure.exitcode) if failure.exitcode > 0 else 1
     except SignalException as error:
-        return 128 + int(error.sigval)
+        return int(told.read() or 128 + int(error.sigval))
+    finally:
+        told.close()
     return 0
 
 

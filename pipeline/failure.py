@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -22,6 +23,7 @@ import psutil
 from pipeline.errors import MasklockError
 
 POLL_SECONDS = 0.5
+EXIT_CODE_FILE = "MASKLOCK_EXIT_CODE_FILE"
 GRACE_SECONDS = 5.0
 """Time for a process to end by itself after another has failed."""
 Say = Callable[[str], None]
@@ -90,6 +92,7 @@ def failing_together(say: Say) -> Iterator[None]:
         if not _is_good_end(error):
             _leave(fail(company, error, say))
         company.depart()
+        _tell_launcher(error)
         raise
     finally:
         is_over.set()
@@ -141,6 +144,13 @@ def _is_good_end(error: BaseException) -> bool:
     """Whether an exception is the way of a command line to end with 0, or 75: stopped and saved."""
     code = getattr(error, "exit_code", getattr(error, "code", None))
     return not isinstance(error, MasklockError) and code in (0, 75)
+
+
+def _tell_launcher(error: BaseException) -> None:
+    """A launcher that passed a signal on does not look at exit codes: 75 goes through a file."""
+    code = getattr(error, "exit_code", getattr(error, "code", None))
+    if code and (name := os.environ.get(EXIT_CODE_FILE)):
+        Path(name).write_text(str(code))
 
 
 def _cause(error: BaseException, gone: list[str]) -> str:

@@ -39,7 +39,7 @@ FLOORS = {
     "pipeline.checkpoint": 4,
     "pipeline.arguments": 5,
     "pipeline.objective": 5,
-    "pipeline.agreement": 5,
+    "pipeline.agreement": 4,
     "pipeline.sharding": 5,
     "pipeline.zero": 5,
     "pipeline.callbacks": 5,
@@ -55,7 +55,6 @@ FLOORS = {
     "pipeline.__main__": 8,
 }
 TRAINING = {
-    "pipeline.agreement",
     "pipeline.sharding",
     "pipeline.zero",
     "pipeline.arguments",

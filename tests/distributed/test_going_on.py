@@ -1,11 +1,18 @@
 """A run goes on with another number of processes, or another engine, as if nothing had happened."""
 
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from pipeline.config.load import load_config
 from pipeline.errors import RunFolderError
 from pipeline.train import train
 
+ROOT = Path(__file__).resolve().parents[2]
 ROUNDING = 1e-6
 
 
@@ -74,3 +81,27 @@ def test_another_global_batch_is_refused_unless_it_is_meant(folder, monkeypatch)
         train(changed)
     assert train(changed, said.append, allow_batch_change=True) == 0
     assert any("The global batch changes from 8 to 4" in line for line in said)
+
+
+@pytest.mark.drill
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_launcher_saves_ends_with_75_and_the_run_goes_on(folder, number):
+    name, long = f"stopped-{number.name}", "train.max_steps=4000"
+    command = [sys.executable, "-m", "pipeline", "train", "run.yaml", f"name={name}", long]
+    with subprocess.Popen(
+        [*command, "train.save_steps=4000", "--accelerate-config", "cpu"],
+        cwd=folder.path,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as launcher:
+        for line in launcher.stdout:
+            if line.startswith("step 3/"):
+                break
+        launcher.send_signal(number)
+        said = launcher.stdout.read()
+    assert launcher.returncode == 75, said
+    assert said.count("Stopped and saved after step") == 1
+    (checkpoint,) = folder.run(name).glob("checkpoint-*")
+    assert (checkpoint / "manifest.json").is_file()
