@@ -70,6 +70,8 @@ def load_raw(config: RunConfig) -> RawData:
         problems += _problems(
             modality, part, config.data.ood[name], None, False, f"data.ood.{name}"
         )
+    if config.data.packing and modality.one_sample_a_row:
+        problems.append(f"data.packing: packs documents of text-generation, not {modality.task}")
     problems += domain_problems(rows, config, modality.one_sample_a_row)
     if modality.one_sample_a_row and "train" in rows:
         num_samples = min(len(rows["train"]), config.data.max_train_samples or len(rows["train"]))
@@ -231,6 +233,11 @@ def _problems(
         judged = None if "label_column_name" in missing else names
         problems += modality.problems(rows, source, judged)
     return [f"{place}: {problem}" for problem in problems]
+
+
+def require_enough(rows: "Dataset", global_batch_size: int) -> None:
+    """Refuse fewer rows than one global batch takes."""
+    _raise_if_any(_too_few(len(rows), global_batch_size))
 
 
 def _too_few(num_samples: int, global_batch_size: int) -> list[str]:

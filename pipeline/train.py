@@ -4,7 +4,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,13 @@ from pipeline.arguments import (
 from pipeline.callbacks import Meter, ShowProgress, StopPolitely, TrackMetrics
 from pipeline.config.load import config_diff, config_hash, dump_config, load_config
 from pipeline.config.schema import RunConfig
-from pipeline.data import PreparedData, TrainingStream, load_raw, prepare_data
+from pipeline.data import PreparedData, TrainingStream, load_raw, prepare_data, require_enough
 from pipeline.dropout.context import KeyedDropout
 from pipeline.dropout.plan import DropoutPlan
 from pipeline.errors import RunFolderError
 from pipeline.modality.bundle import MODALITIES
 from pipeline.model import build_model, plan_for
+from pipeline.packing import packed, require_isolation
 from pipeline.records import RunFolder, write_json, write_text
 from pipeline.sharding import running_layout, use_one_device
 from pipeline.tokenizer import load_tokenizer
@@ -196,6 +197,9 @@ def prepare(config: RunConfig, run: RunFolder, args: TrainingArguments, say: Say
         raw = load_raw(config)
         tokenizer = load_tokenizer(config, raw.train[config.data.text_column_name])
         data = prepare_data(config, raw, tokenizer)
+        if config.data.packing:
+            data = replace(data, train=packed(data.train, config.data.max_length))
+            require_enough(data.train, config.train.global_batch_size)
     for note in data.notes:
         say(note)
     set_horizon(args, config.train, len(data.train), has_validation=len(data.validation) > 0)
@@ -206,6 +210,8 @@ def prepare(config: RunConfig, run: RunFolder, args: TrainingArguments, say: Say
     found = find_checkpoint(run, plan, data, say)
     with engines.built_whole(unless=_is_sharded_init(args)):
         model = build_model(config, data.label_names, plan, tokenizer)
+    if config.data.packing and not _is_sharded_init(args):
+        require_isolation(model, plan)
     if found is None:
         checkpoint.require_space(run.path, checkpoint_bytes(model))
     return Parts(config, run, args, data, tokenizer, plan, model, found, say)

@@ -383,4 +383,4 @@ def non_finite_rows(loss: Tensor, logits: Tensor, sample_ids: Tensor) -> list[in
         return []
     bad = ~torch.isfinite(logits.detach()).flatten(1).all(1)
     rows = sample_ids[bad] if bool(bad.any()) else sample_ids
-    return [int(row) for row in rows]
+    return [int(row) for row in rows.unique() if row >= 0]  # below: padding of packed rows

@@ -81,6 +81,8 @@ class DataConfig(DataSource):
     """Split that the evaluation stage reports on."""
     max_length: PositiveInt = 512
     """Longest sequence in tokens; longer text is cut (classification), and the block size of text-generation."""
+    packing: bool = False
+    """text-generation: pack documents whole into training rows of at most max_length (a row is then the unit of the global batch), instead of joining them and cutting blocks."""
     max_train_samples: PositiveInt | None = None
     """Use only this many training rows, chosen by key."""
     max_eval_samples: PositiveInt | None = None

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 PAD_MULTIPLE = 8  # widths that tensor cores and vector units like
 IN_MEMORY_BYTES = 2**30
+PADDING = -1  # in packed rows, the sample_id of what belongs to no document
 SCALARS = ("labels", "sample_id", "domain", "mask_step")  # one number a row
 
 
@@ -60,11 +61,16 @@ def prepare_blocks(
 ) -> "Dataset":
     """Documents, each closed by the end token, joined and cut into blocks that `sample_id` counts.
 
+    With `data.packing` nothing is joined: a document is a sample, a longer one than max_length
+    several (`pipeline/packing.py` puts them into rows for training).
+
     The last, shorter block is kept if it predicts anything (two tokens or more). Blank rows are
     passed over: files of lines use them as separators. `text` is the decoded block.
     """
     from datasets import Dataset
 
+    if config.data.packing:
+        return _prepare_documents(rows, source, config, tokenizer, max_samples)
     stream = array("q")  # 8 bytes a token: a billion tokens fit a workstation
     for document in _documents(rows, source.text_column_name, tokenizer):
         stream.extend(document)
@@ -75,6 +81,24 @@ def prepare_blocks(
     blocks = [stream[starts[number] : starts[number] + size].tolist() for number in numbers]
     texts = tokenizer.batch_decode(blocks)
     return Dataset.from_dict({"text": texts, "sample_id": numbers, "input_ids": blocks})
+
+
+def _prepare_documents(
+    rows: "Dataset", source: DataSource, config: RunConfig, tokenizer: Any, limit: int | None
+) -> "Dataset":
+    from datasets import Dataset
+
+    size = config.data.max_length
+    pieces = [
+        document[start : start + size]
+        for document in _documents(rows, source.text_column_name, tokenizer)
+        for start in range(0, len(document) - 1, size)  # one token alone would predict nothing
+    ]
+    keep = chosen(len(pieces), limit)
+    numbers = list(range(len(pieces))) if keep is None else keep
+    kept = [pieces[number] for number in numbers]
+    texts = tokenizer.batch_decode(kept)
+    return Dataset.from_dict({"text": texts, "sample_id": numbers, "input_ids": kept})
 
 
 def collator(
@@ -168,6 +192,21 @@ def _collate(
             pad([losses.IGNORED, *row["input_ids"][1:]], losses.IGNORED) for row in features
         ]
     scalars = [name for name in SCALARS if name in features[0]]
+    if "position_ids" in features[0]:  # packed: padding is one more document, seen by none
+        del batch["attention_mask"]
+        scalars.remove("sample_id")
+        fill = list(range(width))
+
+        def follow(values: list[int], filler: list[int]) -> list[int]:
+            filler = filler[: width - len(values)]
+            return filler + values if left else values + filler
+
+        batch["position_ids"] = [follow(row["position_ids"], fill) for row in features]
+        batch["sample_id"] = [follow(row["sample_id"], [PADDING] * width) for row in features]
+        batch["labels"] = [
+            [losses.IGNORED if place == 0 else label for label, place in zip(*both, strict=True)]
+            for both in zip(batch["labels"], batch["position_ids"], strict=True)
+        ]
     batch |= {name: [row[name] for row in features] for name in scalars}
     return {name: torch.tensor(values, dtype=torch.int64) for name, values in batch.items()}
 

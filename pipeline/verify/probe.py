@@ -6,6 +6,7 @@ batches leave no trace in them.
 
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,14 +41,32 @@ class Probe:
         if mask.is_shared:  # all samples of a step have this one
             bits = bits.expand(active.row_ids.shape[0], *bits.shape)
         per_sample = bits.reshape(active.row_ids.shape[0], -1, *bits.shape[1:])
-        for place, sample in enumerate(active.row_ids.tolist()):
-            digest = _digest(_own_tokens(per_sample[place], attended, place, mask))
+        if active.row_ids.dim() == 2:
+            own = _of_documents(per_sample, active.row_ids, mask)
+        else:
+            own = (
+                (sample, _own_tokens(per_sample[place], attended, place, mask))
+                for place, sample in enumerate(active.row_ids.tolist())
+            )
+        for sample, tokens in own:
+            digest = _digest(tokens)
             if seen.setdefault(str(sample), digest) != digest:
                 self.changed.append(f"step {active.index}, {site}, sample {sample}")
 
     def write(self, path: Path, **facts: Any) -> None:
         """As JSON, with whatever else the process knows."""
         path.write_text(json.dumps({"masks": self.masks, "changed": self.changed, **facts}))
+
+
+def _of_documents(
+    bits: Tensor, row_ids: Tensor, mask: SiteMask | SpanMask
+) -> Iterator[tuple[int, Tensor]]:
+    """Each document of packed rows, with the bits `[m, ..., D]` that it would have alone."""
+    for row, ids in zip(bits, row_ids, strict=True):
+        for document in ids[ids >= 0].unique().tolist():
+            own = ids == document
+            is_attention = mask.variant.kernel == "attention"
+            yield document, row[..., own, :][..., own] if is_attention else row[..., own, :]
 
 
 def _own_tokens(

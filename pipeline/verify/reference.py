@@ -16,6 +16,7 @@ from pipeline.dropout.concrete import PARAMETER, learned_rates_of
 from pipeline.dropout.context import KeyedDropout
 from pipeline.dropout.key import row_id
 from pipeline.dropout.schedules import NO_DOMAIN
+from pipeline.packing import documents_of
 from pipeline.train import Parts
 from pipeline.verify.compare import Record
 from pipeline.verify.probe import Probe
@@ -39,9 +40,11 @@ def run_by_hand(parts: Parts, num_steps: int) -> Record:
     schedule = scheduler(optimizer, config, num_steps)
     losses = {}
     for step in range(num_steps):
-        rows = [stream[k] for k in range(step * size, (step + 1) * size)]
+        taken = range(step * size, (step + 1) * size)
+        rows = [document for k in taken for document in documents_of(stream[k])]
         alpha = config.train.r_drop_alpha
-        losses[str(step + 1)] = one_step(model, keyed, rows, step, alpha, len(parts.data.train))
+        num_rows = len(parts.data.train) * len(rows) / size  # of documents, where rows are packed
+        losses[str(step + 1)] = one_step(model, keyed, rows, step, alpha, num_rows)
         if config.train.max_grad_norm:
             nn.utils.clip_grad_norm_(model.parameters(), config.train.max_grad_norm)
         optimizer.step()
@@ -57,7 +60,7 @@ def one_step(
     rows: list[dict],
     step: int,
     alpha: float = 0.0,
-    num_rows: int = 1,
+    num_rows: float = 1,
 ) -> float:
     """Gradients of the mean loss over all items of a step; returns the loss.
 

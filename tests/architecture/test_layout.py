@@ -30,6 +30,7 @@ FLOORS = {
     "pipeline.sources": 4,
     "pipeline.corpora": 4,
     "pipeline.data": 4,
+    "pipeline.packing": 4,
     "pipeline.adapter": 4,
     "pipeline.blueprint": 4,
     "pipeline.model": 4,
