@@ -1,4 +1,4 @@
-"""Settings of every test: offline, one thread (the machines that run tests share their cores), no seeds."""
+"""Settings of every test: offline, one thread (test machines share their cores), no seeds."""
 
 import os
 
