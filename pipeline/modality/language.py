@@ -192,23 +192,34 @@ def _collate(
             pad([losses.IGNORED, *row["input_ids"][1:]], losses.IGNORED) for row in features
         ]
     scalars = [name for name in SCALARS if name in features[0]]
-    if "position_ids" in features[0]:  # packed: padding is one more document, seen by none
-        del batch["attention_mask"]
+    if "position_ids" in features[0]:
         scalars.remove("sample_id")
-        fill = list(range(width))
-
-        def follow(values: list[int], filler: list[int]) -> list[int]:
-            filler = filler[: width - len(values)]
-            return filler + values if left else values + filler
-
-        batch["position_ids"] = [follow(row["position_ids"], fill) for row in features]
-        batch["sample_id"] = [follow(row["sample_id"], [PADDING] * width) for row in features]
-        batch["labels"] = [
-            [losses.IGNORED if place == 0 else label for label, place in zip(*both, strict=True)]
-            for both in zip(batch["labels"], batch["position_ids"], strict=True)
-        ]
+        batch = _as_packed(batch, features, width, left)
     batch |= {name: [row[name] for row in features] for name in scalars}
     return {name: torch.tensor(values, dtype=torch.int64) for name, values in batch.items()}
+
+
+def _as_packed(
+    batch: dict[str, list[list[int]]], features: list[dict[str, Any]], width: int, left: bool
+) -> dict[str, list[list[int]]]:
+    """Positions that tell documents apart, in place of an attention mask, which would hide them.
+
+    Padding is one more document, which no other sees. Nothing predicts the first token of any.
+    """
+
+    def filled(name: str, filler: list[int]) -> list[list[int]]:
+        fills = [filler[: width - len(row[name])] for row in features]
+        rows = zip(fills, (row[name] for row in features), strict=True)
+        return [fill + row if left else row + fill for fill, row in rows]
+
+    positions = filled("position_ids", list(range(width)))
+    labels = [
+        [losses.IGNORED if place == 0 else label for label, place in zip(*row, strict=True)]
+        for row in zip(batch["labels"], positions, strict=True)
+    ]
+    given = {name: rows for name, rows in batch.items() if name != "attention_mask"}
+    ids = filled("sample_id", [PADDING] * width)
+    return given | {"position_ids": positions, "sample_id": ids, "labels": labels}
 
 
 def _padding_values(tokenizer: Any) -> dict[str, int]:
