@@ -152,17 +152,21 @@ def verify_sync(
     config: Config,
     overrides: Overrides = None,
     layouts: Annotated[
-        str | None, typer.Option(help="Comma-separated, such as ddp:2,accumulate:4,resume:1-2.")
+        str | None, typer.Option(help="Such as ddp:2,accumulate:4,resume:1-2; default: what fits.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Run the same steps as several layouts; compare masks, order and weights (exit 1: differ)."""
+    """Run the same steps as several layouts; compare masks, gradients, weights (exit 1: differ)."""
     loaded = _load(config, overrides)
-    from pipeline.verify.layouts import DEFAULT, parse_layouts
+    from pipeline.verify.layouts import parse_layouts
     from pipeline.verify.stage import verify_sync as stage
 
-    say = functools.partial(typer.echo, err=True) if as_json else _say
-    outcomes = stage(loaded, parse_layouts(layouts or DEFAULT), say)
+    chosen = None if layouts is None else parse_layouts(layouts)
+    if as_json:
+        with _stdout_for_data():
+            outcomes = stage(loaded, chosen, functools.partial(typer.echo, err=True))
+    else:
+        outcomes = stage(loaded, chosen, _say)
     if as_json:
         _say(_json({"layouts": [outcome.to_json() for outcome in outcomes]}))
     raise typer.Exit(0 if all(outcome.equal for outcome in outcomes) else 1)

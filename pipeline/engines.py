@@ -53,13 +53,16 @@ def read_preset(path: Path) -> dict[str, Any]:
     return content
 
 
-def launch(preset: str, num_processes: int | None, words: Sequence[str]) -> int:
+def launch(
+    preset: str, num_processes: int | None, words: Sequence[str], module: str = "pipeline"
+) -> int:
     """Run `accelerate launch` with a preset; the exit code of the process that failed first.
 
     Args:
         preset: name or path.
         num_processes: processes on this machine; default: the preset's own number.
         words: what each process runs, from `train` on.
+        module: whose command line reads them.
     """
     path = find_preset(preset)
     content = read_preset(path)
@@ -69,7 +72,7 @@ def launch(preset: str, num_processes: int | None, words: Sequence[str]) -> int:
         words = [*words, "train.use_cpu=true"]
     os.environ.update(launch_environment(count, os.environ))
     options = ["--config_file", str(path), "--num_processes", str(count), "--num_machines", "1"]
-    options += ["--main_process_port", "0", "--dynamo_backend", "no", "--module", "pipeline"]
+    options += ["--main_process_port", "0", "--dynamo_backend", "no", "--module", module]
     return _run_launcher([*options, *words])
 
 

@@ -1,7 +1,7 @@
 """What a layout's process saw: the order of the rows, and the mask that every site drew for each.
 
-Masks are read as bits over a sample's own tokens, in the order of their positions: padding and
-batches leave no trace in them.
+Masks are read as bits over a sample's own tokens, in the order of their positions: padding, batches
+and packing leave no trace in them. Gradients are those of a whole step, before clipping.
 """
 
 import hashlib
@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from pipeline import parallel
 from pipeline.dropout.masks import ActiveMasks, SiteMask
 from pipeline.dropout.spectrogram import SpanMask
 
@@ -24,63 +25,75 @@ Digests = dict[str, dict[str, dict[str, str]]]
 
 @dataclass
 class Probe:
-    """Collects the draws of one process."""
+    """Collects the draws and gradients of one process."""
 
     masks: Digests = field(default_factory=dict)
     changed: list[str] = field(default_factory=list)
     """Draws of the same coordinates that differed, such as a recompute's."""
+    gradients: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
     def observe(
         self, mask: SiteMask | SpanMask, active: ActiveMasks, key: Tensor, x: Tensor
     ) -> None:
         """A site draws: draw the same mask over ones, and keep a digest for each sample."""
         bits = mask.apply(active, key, torch.ones_like(x, dtype=torch.float32)).detach() > 0
-        attended = mask.attended(active)
         site = f"{mask.site.site}#{mask.site.call} ({mask.site.variant})"
         seen = self.masks.setdefault(str(active.index), {}).setdefault(site, {})
         if mask.is_shared:  # all samples of a step have this one
             bits = bits.expand(active.row_ids.shape[0], *bits.shape)
-        per_sample = bits.reshape(active.row_ids.shape[0], -1, *bits.shape[1:])
-        if active.row_ids.dim() == 2:
-            own = _of_documents(per_sample, active.row_ids, mask)
-        else:
-            own = (
-                (sample, _own_tokens(per_sample[place], attended, place, mask))
-                for place, sample in enumerate(active.row_ids.tolist())
-            )
-        for sample, tokens in own:
-            digest = _digest(tokens)
+        per_row = bits.reshape(active.row_ids.shape[0], -1, *bits.shape[1:])
+        for row, sample, own in samples_in(active.row_ids, mask.attended(active)):
+            digest = _digest(_own_tokens(per_row[row], own, mask.variant.kernel == "attention"))
             if seen.setdefault(str(sample), digest) != digest:
                 self.changed.append(f"step {active.index}, {site}, sample {sample}")
 
-    def write(self, path: Path, **facts: Any) -> None:
-        """As JSON, with whatever else the process knows."""
-        path.write_text(json.dumps({"masks": self.masks, "changed": self.changed, **facts}))
+    def keep_gradients(self, step: int, model: nn.Module) -> None:
+        """Of every trained parameter, whole; under FSDP all processes must call it."""
+        kept = self.gradients.setdefault(str(step), {})
+        for name, parameter in model.named_parameters():
+            if parameter.grad is not None:
+                gradient: Any = parameter.grad.detach()
+                whole = gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
+                if parallel.is_main():
+                    kept[name] = whole.float().cpu().clone()
+
+    def write(self, path: Path) -> None:
+        """Draws as JSON, gradients beside them."""
+        from safetensors.torch import save_file
+
+        path.write_text(json.dumps({"masks": self.masks, "changed": self.changed}))
+        flat = {f"{step}/{n}": g for step, part in self.gradients.items() for n, g in part.items()}
+        if flat:
+            save_file(flat, path.with_suffix(".safetensors"))
 
 
-def _of_documents(
-    bits: Tensor, row_ids: Tensor, mask: SiteMask | SpanMask
-) -> Iterator[tuple[int, Tensor]]:
-    """Each document of packed rows, with the bits `[m, ..., D]` that it would have alone."""
-    for row, ids in zip(bits, row_ids, strict=True):
-        for document in ids[ids >= 0].unique().tolist():
-            own = ids == document
-            is_attention = mask.variant.kernel == "attention"
-            yield document, row[..., own, :][..., own] if is_attention else row[..., own, :]
+def samples_in(
+    row_ids: Tensor, attended: Tensor | None
+) -> Iterator[tuple[int, int, Tensor | None]]:
+    """Row of the batch, sample id, and which tokens of the row are the sample's (None: all).
+
+    Args:
+        row_ids: int64 `[B]`, or `[B, T]` where a row packs several samples, -1 on padding.
+        attended: bool `[B, T]`, false on padding.
+    """
+    for row, ids in enumerate(row_ids):
+        if row_ids.dim() == 1:
+            yield row, int(ids), None if attended is None else attended[row].bool()
+            continue
+        for sample in ids[ids >= 0].unique().tolist():
+            yield row, sample, ids == sample
 
 
-def _own_tokens(
-    bits: Tensor, attended: Tensor | None, place: int, mask: SiteMask | SpanMask
-) -> Tensor:
-    """Bits of one sample `[m, ..., D]` without those of padding."""
-    if attended is None:
+def _own_tokens(bits: Tensor, own: Tensor | None, is_attention: bool) -> Tensor:
+    """Bits of one sample `[m, ..., D]` without those of other tokens of its row."""
+    if own is None or bits.dim() < 2:
         return bits
-    own = attended[place].bool()
-    if mask.variant.kernel == "attention":
-        queries = own[-bits.shape[-2] :] if bits.shape[-2] == len(own) else slice(None)
-        keys = own if bits.shape[-1] == len(own) else slice(None)
-        return bits[..., queries, :][..., keys]
-    return bits[..., own, :] if bits.dim() > 1 and bits.shape[-2] == len(own) else bits
+    own, length = own.to(bits.device), len(own)
+    if not is_attention:
+        return bits[..., own, :] if bits.shape[-2] == length else bits
+    if bits.shape[-1] == length:
+        bits = bits[..., own]
+    return bits[..., own, :] if bits.shape[-2] == length else bits
 
 
 def _digest(bits: Tensor) -> str:

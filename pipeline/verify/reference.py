@@ -31,7 +31,8 @@ def run_by_hand(parts: Parts, num_steps: int) -> Record:
         parts: data, model and plan, as training prepares them.
         num_steps: optimizer steps.
     """
-    config, model, probe = parts.config, parts.model.train(), Probe()
+    config, probe = parts.config, Probe()
+    model = parts.model.to(parts.args.device).train()
     keyed = KeyedDropout(model, parts.plan, config.seed)
     keyed.observer = probe.observe
     size = config.train.global_batch_size
@@ -44,14 +45,17 @@ def run_by_hand(parts: Parts, num_steps: int) -> Record:
         rows = [document for k in taken for document in documents_of(stream[k])]
         alpha = config.train.r_drop_alpha
         num_rows = len(parts.data.train) * len(rows) / size  # of documents, where rows are packed
-        losses[str(step + 1)] = one_step(model, keyed, rows, step, alpha, num_rows)
+        smoothing = config.train.label_smoothing_factor
+        losses[str(step)] = one_step(model, keyed, rows, step, alpha, num_rows, smoothing)
+        probe.keep_gradients(step, model)
         if config.train.max_grad_norm:
             nn.utils.clip_grad_norm_(model.parameters(), config.train.max_grad_norm)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
     keyed.release()
-    return Record(probe.masks, probe.changed, losses, trained_weights(model))
+    weights = trained_weights(model)
+    return Record(probe.masks, probe.changed, losses, weights, probe.gradients)
 
 
 def one_step(
@@ -61,18 +65,20 @@ def one_step(
     step: int,
     alpha: float = 0.0,
     num_rows: float = 1,
+    smoothing: float = 0.0,
 ) -> float:
     """Gradients of the mean loss over all items of a step; returns the loss.
 
     Args:
         alpha: weight of R-Drop's divergence; above 0, each row is seen in two views.
         num_rows: rows trained on, by which the term of learned rates is divided.
+        smoothing: of the labels.
     """
     items = sum(num_items(row) for row in rows)
     total = 0.0
     for row in rows:
         views = [forward(model, keyed, row, step, view) for view in ((1, 2) if alpha else (0,))]
-        loss = torch.stack([summed_loss(logits, row) for logits in views]).mean() / items
+        loss = torch.stack([summed_loss(logits, row, smoothing) for logits in views]).mean() / items
         if alpha:
             loss = loss + alpha * divergence(views, row) / items
         loss.backward()
@@ -90,7 +96,7 @@ def forward(model: nn.Module, keyed: KeyedDropout, row: dict, step: int, view: i
     ids = torch.tensor([row_id(row["sample_id"], view)])
     domains = torch.tensor([row.get("domain", NO_DOMAIN)])
     with keyed.context(purpose="train", index=step, row_ids=ids, domains=domains):
-        logits: Tensor = model(**inputs_of(row)).logits
+        logits: Tensor = model(**inputs_of(row, next(model.parameters()).device)).logits
     return logits
 
 
@@ -100,10 +106,10 @@ def divergence(views: list[Tensor], row: dict) -> Tensor:
     return ((p.exp() * (p - q)).sum() + (q.exp() * (q - p)).sum()) / 2
 
 
-def inputs_of(row: dict) -> dict[str, Tensor]:
+def inputs_of(row: dict, device: torch.device) -> dict[str, Tensor]:
     """The model's arguments for one row, without padding."""
     names = ("input_ids", "attention_mask", "token_type_ids")
-    given = {name: torch.tensor([row[name]]) for name in names if name in row}
+    given = {name: torch.tensor([row[name]], device=device) for name in names if name in row}
     return {"attention_mask": torch.ones_like(given["input_ids"]), **given}
 
 
@@ -112,12 +118,15 @@ def num_items(row: dict) -> int:
     return 1 if "labels" in row else len(row["input_ids"]) - 1
 
 
-def summed_loss(logits: Tensor, row: dict) -> Tensor:
+def summed_loss(logits: Tensor, row: dict, smoothing: float = 0.0) -> Tensor:
     """Cross entropy of the label, or of every token after the first."""
     if "labels" in row:
-        return nn.functional.cross_entropy(logits.float(), torch.tensor([row["labels"]]))
-    targets = torch.tensor(row["input_ids"][1:])
-    return nn.functional.cross_entropy(logits[0, :-1].float(), targets, reduction="sum")
+        scores, targets = logits, torch.tensor([row["labels"]])
+    else:
+        scores, targets = logits[0, :-1], torch.tensor(row["input_ids"][1:])
+    return nn.functional.cross_entropy(
+        scores.float(), targets.to(scores.device), reduction="sum", label_smoothing=smoothing
+    )
 
 
 def adamw(model: nn.Module, config: RunConfig) -> torch.optim.Optimizer:
@@ -157,8 +166,8 @@ def trained_weights(model: nn.Module) -> dict[str, Tensor]:
     if hasattr(model, "peft_config"):
         from peft import get_peft_model_state_dict
 
-        return {k: v.detach().clone() for k, v in get_peft_model_state_dict(model).items()}
-    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+        return {k: v.detach().cpu().clone() for k, v in get_peft_model_state_dict(model).items()}
+    return {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
 
 
 def saved_weights(folder: Path) -> dict[str, Tensor]:

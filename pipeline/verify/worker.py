@@ -1,7 +1,7 @@
-"""One process of one layout: trains a few steps under watch and leaves a record.
+"""One start of one layout: trains a few steps under watch and leaves a record.
 
-Started by `stage.py`, under a launcher where the layout has several processes:
-`python -m pipeline.verify.worker CONFIG.yaml RECORD_FOLDER LAYOUT [--stop-after STEP]`.
+Started by `stage.py`: `python -m pipeline.verify.worker CONFIG.yaml RECORD_FOLDER LAYOUT START`,
+which hands over to a launcher first where the start has several processes.
 """
 
 import argparse
@@ -9,7 +9,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,13 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from pipeline import parallel
+from pipeline import engines, parallel
 from pipeline.config.load import load_config
+from pipeline.config.schema import RunConfig
 from pipeline.errors import MasklockError
+from pipeline.failure import failing_together
 from pipeline.train import Instrument, train
-from pipeline.verify.layouts import parse_layouts
+from pipeline.verify.layouts import NUM_STEPS, Layout, parse_layouts
 from pipeline.verify.probe import Probe
 
 Collate = Callable[[list[dict[str, Any]]], dict[str, Tensor]]
@@ -39,13 +41,21 @@ class StopAfter(TrainerCallback):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-def padded(collate: Collate, width: int) -> Collate:
-    """The same batches with `width` more padding positions, masked out, behind every row."""
+def padded(collate: Collate, width: int, limit: int | None) -> Collate:
+    """The same batches with more padding positions, masked out, behind every row.
+
+    Args:
+        collate: what makes a batch.
+        width: positions to add.
+        limit: positions that the model has; None: any number.
+    """
 
     def wider(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
         batch = collate(rows)
+        room = width if limit is None else limit - batch["input_ids"].shape[1]
+        more = max(0, min(width, room))
         return {
-            name: torch.nn.functional.pad(value, (0, width), value=_filler(name, value))
+            name: torch.nn.functional.pad(value, (0, more), value=_filler(name))
             if value.dim() == 2
             else value
             for name, value in batch.items()
@@ -54,43 +64,93 @@ def padded(collate: Collate, width: int) -> Collate:
     return wider
 
 
-def _filler(name: str, value: Tensor) -> int:
-    return -100 if name == "labels" else 0
+def _filler(name: str) -> int:
+    return {"labels": -100, "sample_id": -1}.get(name, 0)
 
 
-def instrument_for(probe: Probe, extra_padding: int, stop_after: int | None) -> Instrument:
+def instrument_for(probe: Probe, layout: Layout, start: int) -> Instrument:
     """What a layout changes in a trainer that is ready to start."""
 
     def instrument(trainer: Any) -> None:
         trainer.keyed.observer = probe.observe
-        if extra_padding:
-            trainer.data_collator = padded(trainer.data_collator, extra_padding)
-        if stop_after is not None:
-            trainer.add_callback(StopAfter(stop_after))
+        if not trainer.is_deepspeed_enabled:
+            watch_gradients(trainer, probe)
+        if layout.extra_padding:
+            limit = getattr(trainer.model.config, "max_position_embeddings", None)
+            room = limit - 2 if limit else None  # some models keep two positions for themselves
+            trainer.data_collator = padded(trainer.data_collator, layout.extra_padding, room)
+        if start < len(layout.num_processes) - 1:
+            trainer.add_callback(StopAfter(NUM_STEPS // 2))
 
     return instrument
 
 
-def main() -> int:
-    """Run one process of one layout."""
+def watch_gradients(trainer: Any, probe: Probe) -> None:
+    """Look at the gradients of every step just before they are clipped.
+
+    The Trainer calls this function of its accelerator once a step, without a limit where nothing
+    is to be clipped; its callback for it comes too late.
+    """
+    clip = trainer.accelerator.clip_grad_norm_
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        probe.keep_gradients(trainer.state.global_step, trainer.model)
+        return clip(*args, **kwargs)
+
+    trainer.accelerator.clip_grad_norm_ = watched
+
+
+def run(
+    config: RunConfig,
+    folder: Path,
+    layout: Layout,
+    start: int = 0,
+    also: Instrument | None = None,
+) -> int:
+    """Train in this process and leave its record.
+
+    Args:
+        config: of the short run.
+        folder: takes the record.
+        layout: how the steps are run.
+        start: which start of the layout this is.
+        also: looks into, or changes, the trainer after the layout has; for proving.
+    """
+    probe = Probe()
+    own = instrument_for(probe, layout, start)
+
+    def instrument(trainer: Any) -> None:
+        own(trainer)
+        if also is not None:
+            also(trainer)
+
+    code = train(config, print_line, instrument)
+    probe.write(folder / f"{start}-{parallel.rank()}.json")
+    parallel.barrier()  # the first process that ends with 75 makes the launcher end the others
+    return code
+
+
+def main(words: Sequence[str] | None = None, also: Instrument | None = None) -> int:
+    """Run one process of one start, or launch all of them."""
     parser = argparse.ArgumentParser()
     parser.add_argument("config")
-    parser.add_argument("record", type=Path)
+    parser.add_argument("folder", type=Path)
     parser.add_argument("layout")
-    parser.add_argument("--stop-after", type=int)
-    arguments = parser.parse_args()
+    parser.add_argument("start", type=int)
+    given, _ = parser.parse_known_args(words)  # deepspeed adds a rank
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    (layout,) = parse_layouts(arguments.layout)
-    probe = Probe()
-    instrument = instrument_for(probe, layout.extra_padding, arguments.stop_after)
+    (layout,) = parse_layouts(given.layout)
+    preset = layout.preset(given.start)
+    if preset is not None and "RANK" not in os.environ:
+        module = sys.modules["__main__"].__spec__.name  # type: ignore[union-attr]
+        arguments = [given.config, str(given.folder), given.layout, str(given.start)]
+        return engines.launch(preset, layout.num_processes[given.start], arguments, module)
     try:
-        code = train(load_config(arguments.config), print_line, instrument)
+        with failing_together(print_line):
+            return run(load_config(given.config), given.folder, layout, given.start, also)
     except MasklockError as error:
         print_line(f"masklock: {error}")
         return error.exit_code
-    part = "first" if arguments.stop_after is not None else "last"
-    probe.write(arguments.record / f"{part}-{parallel.rank()}.json")
-    return code
 
 
 def print_line(line: str) -> None:
