@@ -16,10 +16,12 @@ from typing import Any
 
 import torch
 from _timing import cpu_seconds
+from datasets import Dataset
 from transformers import AutoConfig, AutoModelForSequenceClassification, Trainer, TrainingArguments
 
 from pipeline.callbacks import Meter
 from pipeline.config.schema import RunConfig
+from pipeline.data import TrainingStream
 from pipeline.dropout.context import KeyedDropout
 from pipeline.dropout.kernels import active_kernel
 from pipeline.modality.bundle import MODALITIES
@@ -60,6 +62,11 @@ def batch() -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
 
+def rows() -> Dataset:
+    columns = {"input_ids": [[5]] * BATCH, "sample_id": list(range(BATCH))}
+    return Dataset.from_dict(columns | {"labels": [0] * BATCH})
+
+
 def locked_step(config: RunConfig, folder: str) -> Callable[[], Any]:
     plan = plan_for(config, LABELS)
     model = build_model(config, LABELS, plan).train()
@@ -73,6 +80,7 @@ def locked_step(config: RunConfig, folder: str) -> Callable[[], Any]:
         checkpoint_bytes=0,
         model=model,
         args=arguments(folder),
+        train_dataset=TrainingStream(rows(), config.seed, num_steps=1, global_batch_size=BATCH),
     )
     place = {"sample_id": torch.arange(BATCH), "mask_step": torch.zeros(BATCH, dtype=torch.int64)}
     return lambda: trainer.training_step(model, batch() | place, torch.tensor(BATCH))
