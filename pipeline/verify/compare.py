@@ -84,10 +84,16 @@ def _shown(difference: float | None) -> str:
     return f"{'-' if difference is None else f'{difference:.1e}':>7}"
 
 
-def compare(name: str, found: Record, expected: Record, seconds: float) -> Outcome:
-    """Everything in which a record differs, the first mask by step, site and sample."""
+def compare(
+    name: str, found: Record, expected: Record, seconds: float, *, step_size: float = 0.0
+) -> Outcome:
+    """Everything in which a record differs, the first mask by step, site and sample.
+
+    Args:
+        step_size: how far one optimizer step can move a weight; see `weight_difference`.
+    """
     gradient, gradient_where = gradient_difference(found.gradients, expected.gradients)
-    weight, weight_where = weight_difference(found.weights, expected.weights)
+    weight, weight_where = weight_difference(found.weights, expected.weights, step_size)
     differences = [
         *(f"a recompute drew another mask: {where}" for where in found.changed[:1]),
         *order_differences(found.masks, expected.masks),
@@ -192,15 +198,19 @@ def _parts(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[
 
 
 def weight_difference(
-    found: Mapping[str, Tensor], expected: Mapping[str, Tensor]
+    found: Mapping[str, Tensor], expected: Mapping[str, Tensor], step_size: float = 0.0
 ) -> tuple[float, str]:
-    """Largest difference relative to a tensor's largest weight, and the tensor."""
+    """Largest difference relative to a tensor's largest weight, and the tensor.
+
+    Relative to `step_size` where that is larger: a bias that began at 0 and whose gradient is 0 in
+    theory (that of attention's keys) holds nothing but rounding, moved by AdamW.
+    """
     if found.keys() != expected.keys():
         names = sorted(found.keys() ^ expected.keys())
         return float("inf"), f"{names[0]} is not in both"
     worst = (0.0, "")
     for name, weight in expected.items():
-        scale = weight.abs().max().clamp(min=1e-8)
+        scale = weight.abs().max().clamp(min=max(step_size, 1e-8))
         difference = float((found[name] - weight).abs().max() / scale)
         if isnan(difference):
             return difference, f"most in {name}"

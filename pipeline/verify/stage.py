@@ -118,7 +118,8 @@ def _outcome(config: RunConfig, layout: Layout, folder: Path, expected: Record) 
         found = run_layout(config, layout, folder / layout.name.replace(":", "-"))
     except LayoutFailed as failure:
         return Outcome.failed(layout.name, str(failure), _seconds(started))
-    return compare(layout.name, found, expected, _seconds(started))
+    seconds, step_size = _seconds(started), config.train.learning_rate
+    return compare(layout.name, found, expected, seconds, step_size=step_size)
 
 
 def short_run(config: RunConfig, layout: Layout, folder: Path, start: int = 0) -> RunConfig:

@@ -29,6 +29,15 @@ def test_equal_records_are_equal():
     assert outcome.differences == ()
 
 
+def test_a_bias_of_nothing_but_rounding_is_judged_by_the_step_that_moved_it():
+    expected = replace(SAME, weights=WEIGHTS | {"key.bias": torch.tensor([1e-9])})
+    found = replace(SAME, weights=WEIGHTS | {"key.bias": torch.tensor([3e-9])})
+    assert not compare("ddp:2", found, expected, 1.0).equal
+    assert compare("ddp:2", found, expected, 1.0, step_size=1e-3).equal
+    moved = replace(SAME, weights=WEIGHTS | {"key.bias": torch.tensor([1e-3])})
+    assert not compare("ddp:2", moved, expected, 1.0, step_size=1e-3).equal
+
+
 def test_another_mask_is_named_by_step_site_and_sample():
     masks = MASKS | {"0": MASKS["0"] | {"b#0": {"5": "z", "9": "OTHER"}}, "1": {"a#0": {"2": "?"}}}
     said = said_of(masks=masks)
