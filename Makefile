@@ -15,7 +15,7 @@ help:
 	@echo "make test        install, then run all tests"
 	@echo "make drills      every engine stopped, changed and broken in every way, about a quarter of an hour"
 	@echo "make check       ruff, ruff format, mypy"
-	@echo "make bench       comparisons with the usual tools, about half an hour"
+	@echo "make bench       comparisons with the usual tools, a few minutes"
 
 quickstart: $(VENV)/.demo
 	$(BIN)/masklock quickstart
