@@ -5,14 +5,13 @@ A save cut off at any byte leaves a folder without a manifest that fits: it is p
 
 import errno
 import json
-import os
 import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import CheckpointError, RunFolderError
-from pipeline.records import sha256_of_file, write_json
+from pipeline.records import flush, sha256_of_file, write_json
 
 MANIFEST = "manifest.json"
 SCHEMA = "masklock-checkpoint-v1"
@@ -31,13 +30,13 @@ def commit(checkpoint: Path, facts: dict[str, Any]) -> None:
         for path in _files(checkpoint)
     }
     write_json(checkpoint / MANIFEST, {"schema": SCHEMA, **facts, "files": files})
-    _flush(checkpoint.parent)
+    flush(checkpoint.parent)
 
 
 def flush_tree(folder: Path) -> None:
     """Make every file below a folder, and their names, survive a power cut."""
     for path in [*folder.rglob("*"), folder]:
-        _flush(path)
+        flush(path)
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
@@ -163,15 +162,6 @@ def _files(checkpoint: Path) -> list[Path]:
     """Every file below the folder but the manifest, in a fixed order."""
     found = (path for path in sorted(checkpoint.rglob("*")) if path.is_file())
     return [path for path in found if path != checkpoint / MANIFEST]
-
-
-def _flush(path: Path) -> None:
-    """Make a file, or the names in a folder, survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _megabytes(count: int) -> str:

@@ -70,20 +70,6 @@ def without_load_report() -> Iterator[None]:
             logger.removeFilter(one)
 
 
-@contextmanager
-def quiet_bars() -> Iterator[None]:
-    """No bar of its own for every file that is saved: it would tear our bar apart."""
-    from transformers.utils import logging as hf_logging
-
-    was_on = hf_logging.is_progress_bar_enabled()
-    hf_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if was_on:
-            hf_logging.enable_progress_bar()
-
-
 class _FirstRetry(logging.Filter):
     """Turns the first failed request into a sentence and drops the others."""
 

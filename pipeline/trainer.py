@@ -24,7 +24,7 @@ from pipeline.callbacks import Meter
 from pipeline.config.schema import TrainConfig
 from pipeline.dropout.context import ActiveMasks, KeyedDropout
 from pipeline.errors import DropoutError, NonFiniteLossError
-from pipeline.library_output import quiet_bars
+from pipeline.library_output import without_bars
 from pipeline.modality.bundle import Modality
 from pipeline.objective import Objective
 from pipeline.records import RunFolder
@@ -252,7 +252,7 @@ class LockedTrainer(Trainer):
 
     def _save(self, output_dir=None, state_dict=None):
         """Weights without the pickle of the arguments: nothing here needs unpickling to be read."""
-        with quiet_bars():
+        with without_bars():
             super()._save(output_dir, state_dict)
         if self.args.should_save and self.objective.rates is not None:
             self.objective.rates.save(Path(output_dir or self.run.path))
