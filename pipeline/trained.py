@@ -1,5 +1,6 @@
 """What a finished training left for the stages after it: tokenizer, class names and model."""
 
+import hashlib
 import json
 
 from torch import nn
@@ -11,7 +12,7 @@ from pipeline.dropout.plan import DropoutPlan
 from pipeline.errors import RunFolderError
 from pipeline.modality.bundle import LabelNames
 from pipeline.model import load_trained
-from pipeline.records import RunFolder
+from pipeline.records import RunFolder, sha256_of_file
 from pipeline.tokenizer import load_tokenizer
 
 
@@ -33,6 +34,15 @@ def trained_model(
 ) -> nn.Module:
     """The model that the training saved, an adapter on its base."""
     return load_trained(run.model, config, trained_label_names(run), plan, tokenizer)
+
+
+def model_version(run: RunFolder) -> str:
+    """16 hex digits that change with any file of `model/` and with the dropout plan."""
+    whole = hashlib.sha256(DropoutPlan.read(run.plan).digest.encode())
+    for path in sorted(path for path in run.model.rglob("*") if path.is_file()):
+        name = path.relative_to(run.model).as_posix()
+        whole.update(f"\0{name}\0{sha256_of_file(path)}".encode())
+    return whole.hexdigest()[:16]
 
 
 def require_same_labels(run: RunFolder, data: PreparedData) -> None:
