@@ -32,7 +32,7 @@ from pipeline.evaluation.samples import joined, samples_table
 from pipeline.evaluation.verdict import verdict
 from pipeline.modality.bundle import MODALITIES, chosen
 from pipeline.records import RunFolder, read_jsonl, write_bytes, write_json
-from pipeline.tracking import open_tracker
+from pipeline.tracking import Picture, open_tracker
 from pipeline.trained import require_same_labels, trained_model, trained_tokenizer
 
 Say = Callable[[str], None]
@@ -260,7 +260,7 @@ def _track(
     tracker.start(config.model_dump(mode="json"), config.name)
     tracker.log(numbers, max(steps, default=0))
     for name, png in pictures.items():
-        tracker.figure(name, png)
+        tracker.show(name, Picture(png))
     tracker.summary(numbers)
     return tracker.finish()
 

@@ -5,132 +5,41 @@ fail in any way without changing a training.
 """
 
 import os
-import time
-from collections.abc import Iterable, Mapping
-from pathlib import Path
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from pipeline.config.schema import RunConfig
-from pipeline.records import RunFolder, append_jsonl, read_jsonl, write_jsonl
-from pipeline.tracking.weights_and_biases import WandbTracker
+from pipeline.records import RunFolder
+from pipeline.tracking.exhibits import Curve, Exhibit, Notice, Picture, Table
+from pipeline.tracking.json_lines import JsonLinesTracker
+from pipeline.tracking.tracker import NullTracker, Tracker, TrackerGroup
+from pipeline.tracking.weights_and_biases import MONITORING, WandbTracker
 
 __all__ = [
+    "Curve",
+    "Exhibit",
     "JsonLinesTracker",
+    "Notice",
     "NullTracker",
+    "Picture",
+    "Table",
     "Tracker",
     "TrackerGroup",
     "WandbTracker",
     "open_tracker",
+    "open_window_tracker",
+    "wandb_mode",
+    "wandb_sink",
 ]
 
 # Older names that Weights & Biases still documents.
 _WANDB_MODES = {"dryrun": "offline", "run": "online"}
 
 
-class Tracker(Protocol):
-    """What a training tells about itself. Metric names are `namespace/metric`."""
-
-    def start(self, config: Mapping[str, Any], run_name: str) -> None:
-        """Begin, or go on with a run that was interrupted."""
-
-    def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Record numbers that belong to this optimizer step."""
-
-    def rewind(self, step: int) -> None:
-        """Forget rows later than this step: the training resumes from there."""
-
-    def figure(self, name: str, png: Path) -> None:
-        """Show a picture."""
-
-    def summary(self, values: Mapping[str, Any]) -> None:
-        """Record final numbers of the whole run."""
-
-    def finish(self) -> str:
-        """End, and say in one sentence how many rows arrived, or why not."""
-
-
-class NullTracker:
-    """Records nothing: processes other than the main one."""
-
-    def start(self, config: Mapping[str, Any], run_name: str) -> None: ...
-    def log(self, metrics: Mapping[str, float], step: int) -> None: ...
-    def rewind(self, step: int) -> None: ...
-    def figure(self, name: str, png: Path) -> None: ...
-    def summary(self, values: Mapping[str, Any]) -> None: ...
-    def finish(self) -> str:
-        """Nothing to say."""
-        return ""
-
-
-class JsonLinesTracker:
-    """One JSON object a line: `{"time": ..., "step": ..., "train/loss": ...}`."""
-
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        self._num_rows = 0
-
-    def start(self, config: Mapping[str, Any], run_name: str) -> None:
-        """Nothing to do: rows are appended to those that are there."""
-
-    def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Append one line."""
-        append_jsonl(self.path, {"time": time.time(), "step": step, **metrics})
-        self._num_rows += 1
-
-    def rewind(self, step: int) -> None:
-        """Rewrite the file, whole or not at all, without the rows later than this step."""
-        if not self.path.exists():
-            return
-        rows = read_jsonl(self.path)
-        kept = [row for row in rows if row.get("step", 0) <= step]
-        if len(kept) < len(rows):
-            write_jsonl(self.path, kept)
-
-    def figure(self, name: str, png: Path) -> None:
-        """Nothing to do: figures are files of the run folder."""
-
-    def summary(self, values: Mapping[str, Any]) -> None:
-        """Nothing to do: final numbers are in the report."""
-
-    def finish(self) -> str:
-        """How many rows were written by this process."""
-        return f"{self.path.name}: {self._num_rows} rows written."
-
-
-class TrackerGroup:
-    """Tells every tracker the same."""
-
-    def __init__(self, trackers: Iterable[Tracker]) -> None:
-        self.trackers = tuple(trackers)
-
-    def start(self, config: Mapping[str, Any], run_name: str) -> None:
-        """Begin all."""
-        for tracker in self.trackers:
-            tracker.start(config, run_name)
-
-    def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Record with all."""
-        for tracker in self.trackers:
-            tracker.log(metrics, step)
-
-    def rewind(self, step: int) -> None:
-        """Rewind all."""
-        for tracker in self.trackers:
-            tracker.rewind(step)
-
-    def figure(self, name: str, png: Path) -> None:
-        """Show with all."""
-        for tracker in self.trackers:
-            tracker.figure(name, png)
-
-    def summary(self, values: Mapping[str, Any]) -> None:
-        """Sum up with all."""
-        for tracker in self.trackers:
-            tracker.summary(values)
-
-    def finish(self) -> str:
-        """The sentences of all."""
-        return " ".join(filter(None, [tracker.finish() for tracker in self.trackers]))
+def wandb_mode(config: RunConfig) -> str:
+    """`offline`, `online` or `disabled`: the environment's `WANDB_MODE`, else the configuration."""
+    mode = os.environ.get("WANDB_MODE") or config.wandb.mode
+    return _WANDB_MODES.get(mode, mode)
 
 
 def open_tracker(config: RunConfig, folder: RunFolder, is_main: bool) -> Tracker:
@@ -138,8 +47,40 @@ def open_tracker(config: RunConfig, folder: RunFolder, is_main: bool) -> Tracker
     if not is_main:
         return NullTracker()
     trackers: list[Tracker] = [JsonLinesTracker(folder.metrics)]
-    mode = os.environ.get("WANDB_MODE") or config.wandb.mode
-    mode = _WANDB_MODES.get(mode, mode)
-    if mode != "disabled":
+    if (mode := wandb_mode(config)) != "disabled":
         trackers.append(WandbTracker(config.wandb, folder, mode=mode))
     return TrackerGroup(trackers)
+
+
+def open_window_tracker(config: RunConfig, folder: RunFolder) -> Tracker:
+    """Production monitoring: a W&B run of its own, whose steps are windows; none if disabled.
+
+    Its numbers are in the history of monitoring, so there is no file of JSON lines.
+    """
+    if (mode := wandb_mode(config)) == "disabled":
+        return NullTracker()
+    return WandbTracker(config.wandb, folder, mode=mode, part=MONITORING)
+
+
+def wandb_sink(tracker: Tracker) -> Callable[[Mapping[str, Any]], None]:
+    """What sends one alert (`Alert.to_json()`: title, severity, text or evidence, runbook) by W&B.
+
+    The callable returns once W&B has taken the alert, and raises ConnectionError with the reason
+    where it has not.
+    """
+
+    def send(alert: Mapping[str, Any]) -> None:
+        tracker.alert(Notice(alert["title"], _alert_text(alert), alert["severity"]))
+
+    return send
+
+
+def _alert_text(alert: Mapping[str, Any]) -> str:
+    """Evidence first, then what to do; names where the replayable alert is."""
+    evidence = ", ".join(f"{name} {_short(value)}" for name, value in alert["evidence"].items())
+    lines = [evidence, alert.get("runbook", ""), f"Alert {alert['id']} of {alert['run']}."]
+    return "\n".join(filter(None, lines))
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -4,6 +4,7 @@ The file is a log in LevelDB's format (blocks of 32 KiB; a 7-byte header of its 
 `Record` messages, of which field 2 is a row of history.
 """
 
+import re
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,12 +15,13 @@ _PIECE_HEADER = struct.Struct("<IHB")  # checksum, length, kind
 _WHOLE, _FIRST, _MIDDLE, _LAST = 1, 2, 3, 4
 _HISTORY_FIELD = 2
 _LENGTH_DELIMITED = 2
+_MEDIA = re.compile(rb'"(image|table)-file"')
 
 
 def num_history_rows(path: str | Path) -> int:
-    """Rows of numbers in the history; pictures are not counted. A torn end is passed over."""
+    """Rows of numbers; those of pictures and tables are not counted. A torn end is passed over."""
     records = _records(Path(path).read_bytes())
-    return sum(_is_history(record) and b"image-file" not in record for record in records)
+    return sum(_is_history(record) and _MEDIA.search(record) is None for record in records)
 
 
 def _records(data: bytes) -> Iterator[bytes]:

@@ -10,7 +10,8 @@ import signal
 from pathlib import Path
 from typing import Any, TextIO
 
-STEP_METRIC = "train/global_step"
+_ALERT_LEVELS = {"info": "INFO", "warning": "WARN", "critical": "ERROR"}
+_ALERT_TITLE_LENGTH = 63
 
 
 def main() -> None:
@@ -46,8 +47,8 @@ class Session:
     def __init__(self) -> None:
         self._run: Any = None
 
-    def start(self, **arguments: Any) -> dict[str, Any]:
-        """Open the run, or go on with the one of this id."""
+    def start(self, axis: str, namespaces: list[str], **arguments: Any) -> dict[str, Any]:
+        """Open the run, or go on with the one of this id; its metrics have this x axis."""
         import wandb
 
         # A git address may hold a token. The processor load to show is the trainer's.
@@ -55,19 +56,54 @@ class Session:
             console="off", silent=True, disable_git=True, save_code=False, x_stats_pid=os.getppid()
         )
         self._run = wandb.init(settings=settings, **arguments)
-        self._run.define_metric("*", step_metric=STEP_METRIC)
+        self._run.define_metric(axis, hidden=True)
+        for namespace in namespaces:
+            self._run.define_metric(f"{namespace}/*", step_metric=axis)
         url = "" if self._run.offline else self._run.url
         return {"folder": str(Path(self._run.dir).parent), "url": url}
 
-    def log(self, metrics: dict[str, Any], step: int) -> None:
+    def log(self, row: dict[str, Any]) -> None:
         """Add one row of history."""
-        self._run.log({STEP_METRIC: step, **metrics})
+        self._run.log(row)
 
-    def figure(self, name: str, png: str, step: int) -> None:
+    def show_picture(self, name: str, row: dict[str, Any], png: str) -> None:
         """Add one picture to the history."""
         import wandb
 
-        self._run.log({STEP_METRIC: step, name: wandb.Image(png)})
+        self._run.log({**row, name: wandb.Image(png)})
+
+    def show_curve(
+        self, name: str, row: dict[str, Any], title: str, x: str, lines: dict[str, Any]
+    ) -> None:
+        """Add a chart of lines, with its points as a table `<name>_table`."""
+        import wandb
+
+        xs, ys = ([[point[i] for point in line] for line in lines.values()] for i in (0, 1))
+        chart = wandb.plot.line_series(xs, ys, keys=list(lines), title=title, xname=x)
+        self._run.log({**row, name: chart})
+
+    def show_table(
+        self, name: str, row: dict[str, Any], columns: list[Any], rows: list[list[Any]]
+    ) -> None:
+        """Add a table."""
+        import wandb
+
+        table = wandb.Table(columns=columns, data=rows, allow_mixed_types=True)
+        self._run.log({**row, name: table})
+
+    def artifact(self, name: str, kind: str, path: str) -> None:
+        """Log a version of a file or folder; an unchanged one stays the version it was."""
+        import wandb
+
+        artifact = wandb.Artifact(name, type=kind)
+        add = artifact.add_dir if Path(path).is_dir() else artifact.add_file
+        add(path, skip_cache=True)
+        self._run.log_artifact(artifact)
+
+    def alert(self, title: str, text: str, severity: str) -> None:
+        """Have W&B tell people; a repeated one is our caller's to hold back, not W&B's."""
+        short = title[:_ALERT_TITLE_LENGTH]
+        self._run.alert(short, text, _ALERT_LEVELS[severity], wait_duration=0.001)
 
     def summary(self, values: dict[str, Any]) -> None:
         """Set final numbers."""

@@ -5,83 +5,39 @@ Calls go through a bounded queue to a worker thread, and from there to a process
 the tracker is dropped with one warning line, and the rest of the run is in JSON lines only.
 """
 
-import contextlib
-import json
 import logging
 import queue
 import secrets
-import select
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Protocol, cast
+from typing import Any
 
 from pipeline.config.schema import WandbConfig
+from pipeline.metric_names import NAMESPACES, STEP, WINDOW
 from pipeline.records import RunFolder, write_text
+from pipeline.tracking.exhibits import Curve, Exhibit, Notice, Picture
 from pipeline.tracking.redaction import without_secrets
+from pipeline.tracking.wandb_client import Client, WandbClient
 from pipeline.tracking.wandb_file import num_history_rows
 
 logger = logging.getLogger(__name__)
 
-_PROCESS_SCRIPT = Path(__file__).with_name("wandb_process.py")
+
+@dataclass(frozen=True)
+class Part:
+    """Which run of W&B: the training's, which the evaluation goes on with, or the monitoring's."""
+
+    job_type: str
+    axis: str
+    id_suffix: str = ""
 
 
-class Client(Protocol):
-    """Answers requests, in the worker thread. `kill` may come from another thread at any time."""
-
-    def request(self, message: dict[str, Any], timeout_seconds: float) -> dict[str, Any]:
-        """The reply, or any exception."""
-
-    def kill(self) -> None:
-        """Free whatever a request that hangs is holding."""
-
-
-class WandbClient:
-    """The process that holds the real run, started by the first request."""
-
-    def __init__(self, log_path: Path) -> None:
-        self._log_path = log_path
-        self._process: subprocess.Popen[str] | None = None
-
-    def request(self, message: dict[str, Any], timeout_seconds: float) -> dict[str, Any]:
-        """Send one line, wait for one line."""
-        process = self._process = self._process or self._start()
-        requests, replies = cast(IO[str], process.stdin), cast(IO[str], process.stdout)
-        requests.write(json.dumps(message, default=_plain) + "\n")
-        requests.flush()
-        if not select.select([replies], [], [], timeout_seconds)[0]:
-            raise TimeoutError(f"no answer within {timeout_seconds:g} s")
-        if not (line := replies.readline()):
-            raise ConnectionError("its process died")
-        reply: dict[str, Any] = json.loads(line)
-        if "error" in reply:
-            raise RuntimeError(reply["error"])
-        return reply
-
-    def kill(self) -> None:
-        """End the process; the service that wandb starts ends with it."""
-        if self._process is not None:
-            self._process.kill()
-            with contextlib.suppress(OSError):  # requests that nobody reads any more
-                self._process.__exit__(None, None, None)  # closes the pipes and waits
-
-    def _start(self) -> subprocess.Popen[str]:
-        self._log_path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self._log_path, "ab") as log:
-            # -P: the folder of the script must not shadow what wandb imports.
-            # An own session: Ctrl-C in the terminal is for the trainer alone.
-            return subprocess.Popen(
-                [sys.executable, "-P", str(_PROCESS_SCRIPT)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                text=True,
-                encoding="utf-8",
-                start_new_session=True,
-            )
+TRAINING = Part("train", STEP)
+# A run of its own, so that its x axis is the window and no window reopens a finished training.
+MONITORING = Part("monitor", WINDOW, "-monitor")
 
 
 class WandbTracker:
@@ -91,10 +47,11 @@ class WandbTracker:
         config: the `wandb` section.
         folder: the run folder; the id is kept in its `wandb/`.
         mode: `offline`, `online`, or another mode that wandb knows.
+        part: which of the two W&B runs of this run folder.
         client: what answers the requests; by default a process of its own.
         queue_size: requests that may wait; one more means that nobody takes them.
         call_seconds: time for one request.
-        finish_seconds: how long `finish` waits for the next request to be answered.
+        finish_seconds: how long `finish` and `alert` wait for the next request to be answered.
     """
 
     def __init__(
@@ -102,6 +59,7 @@ class WandbTracker:
         config: WandbConfig,
         folder: RunFolder,
         mode: str | None = None,
+        part: Part = TRAINING,
         client: Client | None = None,
         queue_size: int = 10_000,
         call_seconds: float = 60.0,
@@ -110,14 +68,17 @@ class WandbTracker:
         self._config = config
         self._folder = folder
         self._mode = mode or config.mode
-        self._client = client or WandbClient(folder.wandb / "masklock.log")
+        self._part = part
+        self._client = client or WandbClient(folder.wandb)
         self._queue: queue.Queue[dict[str, Any]] = queue.Queue(queue_size)
         self._call_seconds = call_seconds
         self._finish_seconds = finish_seconds
+        self._run_name = ""
         self._last_step = 0
         self._num_rows = 0
+        self._num_asked = 0
+        self._num_answered = 0
         self._num_rows_taken = 0
-        self._started = False
         self._last_answer = time.monotonic()
         self._busy_since: float | None = None
         self._opened: dict[str, Any] = {}
@@ -127,25 +88,38 @@ class WandbTracker:
 
     def start(self, config: Mapping[str, Any], run_name: str) -> None:
         """Open the run in the background."""
-        self._started = True
+        self._run_name = run_name
         try:
-            self._put({"do": "start", **self._run_arguments(config, run_name)})
+            self._put({"do": "start", **self._run_arguments(config)})
             threading.Thread(target=self._work, name="wandb", daemon=True).start()
         except Exception as error:
             self._drop(f"{type(error).__name__}: {error}")
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Add one row of history at this `train/global_step`."""
+        """Add one row of history at this step of the x axis."""
         self._last_step = step
         self._num_rows += 1
-        self._put({"do": "log", "metrics": dict(metrics), "step": step})
+        self._put({"do": "log", "row": {**self._axis(), **metrics}})
 
     def rewind(self, step: int) -> None:
         """Rows that are gone cannot be called back; they are logged again at their steps."""
 
-    def figure(self, name: str, png: Path) -> None:
-        """Add a picture at the last step."""
-        self._put({"do": "figure", "name": name, "png": str(png), "step": self._last_step})
+    def show(self, name: str, exhibit: Exhibit) -> None:
+        """Add a picture, a curve or a table at the last step."""
+        self._put({"name": name, "row": self._axis(), **_as_request(exhibit)})
+
+    def artifact(self, kind: str, path: Path) -> None:
+        """Log a version of `<run>-<kind>`."""
+        name = f"{self._run_name}-{kind}"
+        self._put({"do": "artifact", "name": name, "kind": kind, "path": str(path)})
+
+    def alert(self, notice: Notice) -> None:
+        """Send one alert and wait until wandb has taken it; ConnectionError where it has not."""
+        fields = {"title": notice.title, "text": notice.text, "severity": notice.severity}
+        number = self._put({"do": "alert", **fields})
+        self._wait(lambda: self._num_answered >= number, "of the alert")
+        if self._failure is not None and self._num_answered < number:
+            raise ConnectionError(f"Weights & Biases ({self._mode}) is dropped: {self._failure}")
 
     def summary(self, values: Mapping[str, Any]) -> None:
         """Set final numbers."""
@@ -153,23 +127,24 @@ class WandbTracker:
 
     def finish(self) -> str:
         """Wait while requests are answered, then say how many rows arrived."""
-        if not self._started:
+        if not self._run_name:
             return ""
         self._put({"do": "finish"})
-        asked = time.monotonic()
-        while not self._ended.wait(0.02):
-            if time.monotonic() - max(asked, self._last_answer) > self._finish_seconds:
-                self._drop(f"no answer within {self._finish_seconds:g} s at the end")
+        self._wait(self._ended.is_set, "at the end")
         return self._sentence()
 
-    def _run_arguments(self, config: Mapping[str, Any], run_name: str) -> dict[str, Any]:
-        """Arguments of `wandb.init`."""
+    def _run_arguments(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Arguments of `Session.start`: the x axis, and those of `wandb.init`."""
         return {
+            "axis": self._part.axis,
+            "namespaces": list(NAMESPACES),
             "project": self._config.project,
             "entity": self._config.entity,
             "tags": list(self._config.tags),
-            "name": run_name,
-            "id": self._run_id(),
+            "group": self._run_name,
+            "job_type": self._part.job_type,
+            "name": self._run_name + self._part.id_suffix,
+            "id": self._run_id() + self._part.id_suffix,
             "dir": str(self._folder.path),
             "mode": self._mode,
             "config": without_secrets(config),
@@ -183,16 +158,28 @@ class WandbTracker:
             write_text(path, secrets.token_hex(4) + "\n")
         return path.read_text().strip()
 
-    def _put(self, message: dict[str, Any]) -> None:
+    def _axis(self) -> dict[str, float]:
+        return {self._part.axis: self._last_step}
+
+    def _put(self, message: dict[str, Any]) -> int:
+        """Hand over a request; its number. What comes after a failure is passed over."""
+        self._num_asked += 1
         busy_since = self._busy_since
         if busy_since is not None and time.monotonic() - busy_since > self._call_seconds:
             self._drop(f"no answer within {self._call_seconds:g} s")
-        if self._failure is not None:
-            return
-        try:
-            self._queue.put_nowait(message)
-        except queue.Full:
-            self._drop(f"{self._queue.maxsize} requests are waiting")
+        if self._failure is None:
+            try:
+                self._queue.put_nowait(message)
+            except queue.Full:
+                self._drop(f"{self._queue.maxsize} requests are waiting")
+        return self._num_asked
+
+    def _wait(self, is_done: Callable[[], bool], where: str) -> None:
+        """Until it is done or has failed, as long as requests are being answered."""
+        asked = time.monotonic()
+        while not (is_done() or self._ended.wait(0.02)):
+            if time.monotonic() - max(asked, self._last_answer) > self._finish_seconds:
+                self._drop(f"no answer within {self._finish_seconds:g} s {where}")
 
     def _work(self) -> None:
         """The worker thread: hands over one request after the other until the end or a failure."""
@@ -207,6 +194,7 @@ class WandbTracker:
 
     def _handle(self, message: dict[str, Any]) -> None:
         reply = self._client.request(message, self._call_seconds)
+        self._num_answered += 1
         if message["do"] == "start":
             self._opened = reply
         elif message["do"] == "log":
@@ -252,6 +240,11 @@ class WandbTracker:
             return self._num_rows_taken
 
 
-def _plain(value: Any) -> Any:
-    """Numbers of numpy and torch as numbers, anything else as text."""
-    return value.tolist() if hasattr(value, "tolist") else str(value)
+def _as_request(exhibit: Exhibit) -> dict[str, Any]:
+    if isinstance(exhibit, Picture):
+        return {"do": "show_picture", "png": str(exhibit.png)}
+    if isinstance(exhibit, Curve):
+        lines = {name: list(points) for name, points in exhibit.lines.items()}
+        return {"do": "show_curve", "title": exhibit.title, "x": exhibit.x, "lines": lines}
+    rows = [list(row) for row in exhibit.rows]
+    return {"do": "show_table", "columns": list(exhibit.columns), "rows": rows}

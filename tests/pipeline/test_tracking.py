@@ -15,6 +15,7 @@ from pipeline.records import RunFolder, read_jsonl
 from pipeline.tracking import (
     JsonLinesTracker,
     NullTracker,
+    Picture,
     TrackerGroup,
     WandbTracker,
     open_tracker,
@@ -140,7 +141,7 @@ def test_an_offline_run_holds_every_row_and_goes_on_under_its_id(folder, caplog)
         tracker.start({"seed": 42, "hub_token": "hf_abc"}, "run")
         for step in range(first_step, first_step + 5):
             tracker.log({"train/loss": 0.5}, step)
-        tracker.figure("curves", png)
+        tracker.show("curves", Picture(png))
         tracker.summary({"test/accuracy": 0.75})
         sentence = tracker.finish()
         assert "5 of 5 rows arrived; send them with `wandb sync" in sentence
