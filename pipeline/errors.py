@@ -6,7 +6,9 @@ MasklockError
 │   ├── DataError           rows, columns, labels
 │   ├── ModelError          model, tokenizer, adapter
 │   ├── DropoutError        a rate or a site that cannot be in force
-│   └── RunFolderError      the run folder holds something else
+│   ├── RunFolderError      the run folder holds something else
+│   └── RegistryError       the registry has no such version, or one that was changed
+├── BusyError               exit 75: another process is at work; try again later
 ├── LayoutError             exit 2: processes or engine are not the ones asked for
 ├── LeakError               exit 1: randomness was drawn outside the plan
 ├── NonFiniteLossError      exit 1: stopped before the update
@@ -56,6 +58,16 @@ class DropoutError(InputError):
 
 class RunFolderError(InputError):
     """The run folder is missing something, or belongs to another configuration."""
+
+
+class RegistryError(InputError):
+    """The registry of models lacks what was asked for, or holds files that were changed."""
+
+
+class BusyError(MasklockError):
+    """Another process holds the lock; nothing was changed."""
+
+    exit_code = 75
 
 
 class LayoutError(MasklockError):
