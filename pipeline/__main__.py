@@ -10,7 +10,7 @@ from pathlib import Path
 
 import typer
 
-from pipeline.commands import evaluating, masks, preparing, training
+from pipeline.commands import evaluating, launching, masks, preparing, training
 from pipeline.errors import LayoutError, MasklockError
 from pipeline.library_output import without_data_bars, without_waiting_lines
 
@@ -35,6 +35,7 @@ for command in (
     evaluating.quickstart,
 ):
     app.command(command.__name__.replace("_", "-"))(command)
+app.add_typer(launching.launch)
 
 
 def main() -> None:
