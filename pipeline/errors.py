@@ -12,7 +12,8 @@ MasklockError
 ├── LayoutError             exit 2: processes or engine are not the ones asked for
 ├── LeakError               exit 1: randomness was drawn outside the plan
 ├── NonFiniteLossError      exit 1: stopped before the update
-└── CheckpointError         exit 1: a checkpoint could not be written
+├── CheckpointError         exit 1: a checkpoint could not be written
+└── HistoryError            exit 1: the history of monitoring cannot be read or written
 """
 
 
@@ -86,3 +87,7 @@ class NonFiniteLossError(MasklockError):
 
 class CheckpointError(MasklockError):
     """A checkpoint could not be written; the one before it is intact."""
+
+
+class HistoryError(MasklockError):
+    """The history of monitoring is damaged, or could not take a window; it holds what it held."""

@@ -42,7 +42,7 @@ Instrument = Callable[[LockedTrainer], None]
 """Looks into, or changes, a trainer that is ready to start; for measuring and proving."""
 
 # A run may go on with other values of these: they change neither masks nor order nor the objective.
-FREE_SECTIONS = ("output_dir", "wandb", "evaluation")
+FREE_SECTIONS = ("output_dir", "wandb", "evaluation", "monitoring")
 FREE_TRAIN_FIELDS = (
     "per_device_train_batch_size",
     "per_device_eval_batch_size",

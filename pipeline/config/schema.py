@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from pipeline.config.monitoring import MonitoringConfig
 from pipeline.config.roles import PositiveInt, Rate, RoleDropout, Section
 
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -306,6 +307,7 @@ class RunConfig(Section):
     peft: PeftConfig | None = None
     """Parameter-efficient fine-tuning; without it all weights are trained."""
     evaluation: EvaluationConfig = EvaluationConfig()
+    monitoring: MonitoringConfig = MonitoringConfig()
     wandb: WandbConfig = WandbConfig()
 
     @model_validator(mode="after")
