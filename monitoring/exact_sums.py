@@ -36,7 +36,7 @@ class ExactSum:
         """The sum of finite numbers, as a pair of 0-dimensional arrays."""
         terms = [float(value) for value in values]
         high = math.fsum(terms)
-        return cls(np.float64(high)[...], np.float64(math.fsum([*terms, -high]))[...])
+        return cls(np.array(high), np.array(math.fsum([*terms, -high])))
 
     def __add__(self, other: "ExactSum") -> "ExactSum":
         """Knuth's TwoSum on the high parts, its error joined to the low ones."""

@@ -15,7 +15,7 @@ UNIT, SIGNED_LOG = "unit", "signed-log"
 NUM_UNIT_BINS = 200
 STEPS_PER_OCTAVE = 16
 OCTAVES = range(-20, 31)  # magnitudes from about 1e-6 to 1e9 are told apart
-MAX_CATEGORIES = 500
+MAX_CATEGORIES, LONGEST_CATEGORY = 500, 80
 OTHER = "(other)"
 
 
@@ -108,8 +108,9 @@ def histogram(values: FloatArray, grid: str) -> NDArray[np.int64]:
 
 
 def category_counts(values: Iterable[str | None]) -> dict[str, int]:
-    """Counts by value, at most 500 of them; nulls are left out."""
-    return _limited(Counter(value for value in values if value is not None))
+    """Counts by value, at most 500 of them; long ones are no categories, nulls are left out."""
+    known = (value for value in values if value is not None)
+    return _limited(Counter(v if len(v) <= LONGEST_CATEGORY else OTHER for v in known))
 
 
 def add_categories(first: Mapping[str, int], second: Mapping[str, int]) -> dict[str, int]:
