@@ -1,9 +1,10 @@
-"""Counts what really is in the file of a Weights & Biases run, without wandb.
+"""Counts what really is in the file of a Weights & Biases run, or at its server, without wandb.
 
 The file is a log in LevelDB's format (blocks of 32 KiB; a 7-byte header of its own) of protobuf
 `Record` messages, of which field 2 is a row of history.
 """
 
+import json
 import re
 import struct
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ _PIECE_HEADER = struct.Struct("<IHB")  # checksum, length, kind
 _WHOLE, _FIRST, _MIDDLE, _LAST = 1, 2, 3, 4
 _HISTORY_FIELD = 2
 _LENGTH_DELIMITED = 2
+_FILE_STREAM = "filestream:"
 _MEDIA = re.compile(rb'"(image|table)-file"')
 
 
@@ -22,6 +24,24 @@ def num_history_rows(path: str | Path) -> int:
     """Rows of numbers; those of pictures and tables are not counted. A torn end is passed over."""
     records = _records(Path(path).read_bytes())
     return sum(_is_history(record) and _MEDIA.search(record) is None for record in records)
+
+
+def num_confirmed_lines(log: str | Path) -> int:
+    """Lines of history that the server has confirmed, from the log of wandb's own service.
+
+    wandb says "sending" with the number of lines, then "sent" once the server has said OK; one
+    request at a time. It repeats what was not confirmed, so these are the first lines of the run.
+    """
+    confirmed = waiting = 0
+    for line in Path(log).read_text(encoding="utf-8", errors="replace").splitlines():
+        if _FILE_STREAM not in line:
+            continue
+        message = json.loads(line)
+        if message["msg"] == f"{_FILE_STREAM} sending request":
+            waiting = message.get("history_lines", 0)
+        elif message["msg"] == f"{_FILE_STREAM} request sent" and message["status"] == "200 OK":
+            confirmed, waiting = confirmed + waiting, 0
+    return confirmed
 
 
 def _records(data: bytes) -> Iterator[bytes]:

@@ -12,6 +12,7 @@ from typing import Any, TextIO
 
 _ALERT_LEVELS = {"info": "INFO", "warning": "WARN", "critical": "ERROR"}
 _ALERT_TITLE_LENGTH = 63
+_ABANDONED_SECONDS = 60
 
 
 def main() -> None:
@@ -115,7 +116,8 @@ class Session:
         run.finish()
 
     def abandon(self) -> None:
-        """Close a run whose trainer has died without a word."""
+        """Close a run whose trainer has died without a word; not for ever."""
+        signal.alarm(_ABANDONED_SECONDS)
         if self._run is not None:
             self._run.finish(exit_code=1)
 

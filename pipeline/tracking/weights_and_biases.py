@@ -21,7 +21,7 @@ from pipeline.records import RunFolder, write_text
 from pipeline.tracking.exhibits import Curve, Exhibit, Notice, Picture
 from pipeline.tracking.redaction import without_secrets
 from pipeline.tracking.wandb_client import Client, WandbClient
-from pipeline.tracking.wandb_file import num_history_rows
+from pipeline.tracking.wandb_file import num_confirmed_lines, num_history_rows
 
 logger = logging.getLogger(__name__)
 
@@ -50,8 +50,8 @@ class WandbTracker:
         part: which of the two W&B runs of this run folder.
         client: what answers the requests; by default a process of its own.
         queue_size: requests that may wait; one more means that nobody takes them.
-        call_seconds: time for one request.
-        finish_seconds: how long `finish` and `alert` wait for the next request to be answered.
+        timeout_seconds: time for one request, and how long `finish` and `alert` wait for the next
+            answer; by default the configuration's.
     """
 
     def __init__(
@@ -62,8 +62,7 @@ class WandbTracker:
         part: Part = TRAINING,
         client: Client | None = None,
         queue_size: int = 10_000,
-        call_seconds: float = 60.0,
-        finish_seconds: float = 10.0,
+        timeout_seconds: float | None = None,
     ) -> None:
         self._config = config
         self._folder = folder
@@ -71,20 +70,20 @@ class WandbTracker:
         self._part = part
         self._client = client or WandbClient(folder.wandb)
         self._queue: queue.Queue[dict[str, Any]] = queue.Queue(queue_size)
-        self._call_seconds = call_seconds
-        self._finish_seconds = finish_seconds
+        self._timeout = timeout_seconds or config.timeout_seconds
         self._run_name = ""
         self._last_step = 0
-        self._num_rows = 0
         self._num_asked = 0
         self._num_answered = 0
-        self._num_rows_taken = 0
+        self._history: list[bool] = []  # what was asked to be in the history: is it a row?
+        self._num_history_taken = 0
         self._last_answer = time.monotonic()
         self._busy_since: float | None = None
         self._opened: dict[str, Any] = {}
         self._failure: str | None = None
         self._failure_lock = threading.Lock()
         self._ended = threading.Event()
+        self._killed = threading.Event()
 
     def start(self, config: Mapping[str, Any], run_name: str) -> None:
         """Open the run in the background."""
@@ -98,7 +97,7 @@ class WandbTracker:
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Add one row of history at this step of the x axis."""
         self._last_step = step
-        self._num_rows += 1
+        self._history.append(True)
         self._put({"do": "log", "row": {**self._axis(), **metrics}})
 
     def rewind(self, step: int) -> None:
@@ -106,6 +105,7 @@ class WandbTracker:
 
     def show(self, name: str, exhibit: Exhibit) -> None:
         """Add a picture, a curve or a table at the last step."""
+        self._history.append(False)
         self._put({"name": name, "row": self._axis(), **_as_request(exhibit)})
 
     def artifact(self, kind: str, path: Path) -> None:
@@ -131,6 +131,8 @@ class WandbTracker:
             return ""
         self._put({"do": "finish"})
         self._wait(self._ended.is_set, "at the end")
+        if self._failure is not None:
+            self._killed.wait(1.0)  # a program that ends at once would leave its process behind
         return self._sentence()
 
     def _run_arguments(self, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -165,8 +167,8 @@ class WandbTracker:
         """Hand over a request; its number. What comes after a failure is passed over."""
         self._num_asked += 1
         busy_since = self._busy_since
-        if busy_since is not None and time.monotonic() - busy_since > self._call_seconds:
-            self._drop(f"no answer within {self._call_seconds:g} s")
+        if busy_since is not None and time.monotonic() - busy_since > self._timeout:
+            self._drop(f"no answer within {self._timeout:g} s")
         if self._failure is None:
             try:
                 self._queue.put_nowait(message)
@@ -178,8 +180,8 @@ class WandbTracker:
         """Until it is done or has failed, as long as requests are being answered."""
         asked = time.monotonic()
         while not (is_done() or self._ended.wait(0.02)):
-            if time.monotonic() - max(asked, self._last_answer) > self._finish_seconds:
-                self._drop(f"no answer within {self._finish_seconds:g} s {where}")
+            if time.monotonic() - max(asked, self._last_answer) > self._timeout:
+                self._drop(f"no answer within {self._timeout:g} s {where}")
 
     def _work(self) -> None:
         """The worker thread: hands over one request after the other until the end or a failure."""
@@ -193,12 +195,12 @@ class WandbTracker:
             self._drop(str(error) or type(error).__name__)
 
     def _handle(self, message: dict[str, Any]) -> None:
-        reply = self._client.request(message, self._call_seconds)
+        reply = self._client.request(message, self._timeout)
         self._num_answered += 1
         if message["do"] == "start":
             self._opened = reply
-        elif message["do"] == "log":
-            self._num_rows_taken += 1
+        elif "row" in message:
+            self._num_history_taken += 1
         elif message["do"] == "finish":
             self._client.kill()
             self._ended.set()
@@ -216,28 +218,38 @@ class WandbTracker:
             self._folder.metrics,
         )
         self._ended.set()
-        threading.Thread(target=self._client.kill, daemon=True).start()
+        threading.Thread(target=self._kill, daemon=True).start()
+
+    def _kill(self) -> None:
+        self._client.kill()
+        self._killed.set()
 
     def _sentence(self) -> str:
-        """How many of how many rows arrived, or how many did until it was dropped."""
-        where = self._opened.get("url") or self._opened.get("folder", "")
-        name = f"Weights & Biases ({self._mode})"
-        rows = f"{self._num_rows_arrived()} of {self._num_rows} rows arrived"
+        """How many of how many rows arrived, and what to do about the rest."""
+        num_rows, arrived = sum(self._history), self._num_rows_arrived()
+        folder, url = self._opened.get("folder", ""), self._opened.get("url", "")
+        sentence = f"Weights & Biases ({self._mode}): {arrived} of {num_rows} rows arrived"
+        if url or (folder and self._failure):
+            sentence += f" at {url}" if url else f" in {folder}"
         if self._failure is not None:
-            return f"{name}: {rows}{f' in {where}' if where else ''}; dropped: {self._failure}."
-        if self._mode == "offline":
-            return f"{name}: {rows}; send them with `wandb sync {where}`."
-        return f"{name}: {rows}{f' at {where}' if where else ''}."
+            sentence += f"; dropped: {self._failure}"
+        if folder and (self._mode == "offline" or arrived < num_rows):
+            sentence += f"; send them with `wandb sync {folder}`"
+        return sentence + "."
 
     def _num_rows_arrived(self) -> int:
-        """Rows in the file of an offline run; else rows that wandb took."""
-        if self._mode != "offline" or "folder" not in self._opened:
-            return self._num_rows_taken
+        """Rows in the file of an offline run, rows the server has confirmed; else rows taken."""
+        taken = sum(self._history[: self._num_history_taken])
+        if "folder" not in self._opened:
+            return taken
+        folder = Path(self._opened["folder"])
         try:
-            (path,) = Path(self._opened["folder"]).glob("*.wandb")
-            return min(num_history_rows(path), self._num_rows)
-        except (ValueError, OSError, IndexError):  # another format than the one we know
-            return self._num_rows_taken
+            if self._mode == "offline":
+                (path,) = folder.glob("*.wandb")
+                return min(num_history_rows(path), sum(self._history))
+            return sum(self._history[: num_confirmed_lines(folder / "logs" / "debug-internal.log")])
+        except (ValueError, KeyError, OSError, IndexError):  # another format than the one we know
+            return taken
 
 
 def _as_request(exhibit: Exhibit) -> dict[str, Any]:

@@ -161,7 +161,7 @@ def test_the_service_of_wandb_may_be_killed(folder, caplog):
     tracker = WandbTracker(WandbConfig(), folder)
     tracker.start({}, "run")
     log_rows(tracker, 3)
-    wait_for(lambda: tracker._num_rows_taken == 3)
+    wait_for(lambda: tracker._num_history_taken == 3)
     (service,) = child_processes(tracker._client._process.pid)
     os.kill(service, signal.SIGKILL)
     log_rows(tracker, 4)
@@ -186,8 +186,8 @@ def test_the_service_of_wandb_may_be_killed(folder, caplog):
 )
 def test_any_failure_of_wandb_is_one_warning(folder, tmp_path, monkeypatch, caplog, source, reason):
     fake_wandb(tmp_path, monkeypatch, source.replace("FINISH", "0"))
-    finish_seconds = 0.3 if "sleep" in source else 10
-    wandb = WandbTracker(WandbConfig(), folder, finish_seconds=finish_seconds)
+    timeout = 0.3 if "sleep" in source else 10
+    wandb = WandbTracker(WandbConfig(), folder, timeout_seconds=timeout)
     group = TrackerGroup([JsonLinesTracker(folder.metrics), wandb])
     group.start({}, "run")
     log_rows(group, 4)
@@ -201,7 +201,7 @@ def test_any_failure_of_wandb_is_one_warning(folder, tmp_path, monkeypatch, capl
 @pytest.mark.parametrize("num_answers", [0, 1, 3])
 def test_a_client_that_hangs_costs_the_training_nothing(folder, caplog, num_answers):
     client = HangingClient(num_answers)
-    tracker = WandbTracker(WandbConfig(), folder, client=client, finish_seconds=0.2)
+    tracker = WandbTracker(WandbConfig(), folder, client=client, timeout_seconds=0.2)
     started = time.monotonic()
     tracker.start({}, "run")
     log_rows(tracker, 1000)
@@ -223,7 +223,7 @@ def test_a_full_queue_drops_the_tracker(folder, caplog):
 
 
 def test_a_call_that_hangs_is_noticed_by_the_next_row(folder, caplog):
-    tracker = WandbTracker(WandbConfig(), folder, client=HangingClient(0), call_seconds=0.1)
+    tracker = WandbTracker(WandbConfig(), folder, client=HangingClient(0), timeout_seconds=0.1)
     tracker.start({}, "run")
     wait_for(lambda: tracker._busy_since is not None)
     time.sleep(0.15)
