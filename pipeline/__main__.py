@@ -10,7 +10,7 @@ from pathlib import Path
 
 import typer
 
-from pipeline.commands import evaluating, launching, masks, preparing, training
+from pipeline.commands import comparing, evaluating, launching, masks, preparing, training
 from pipeline.errors import LayoutError, MasklockError
 from pipeline.library_output import without_data_bars, without_waiting_lines
 
@@ -27,6 +27,7 @@ for command in (
     training.train,
     evaluating.evaluate,
     evaluating.report,
+    comparing.compare,
     masks.mask,
     evaluating.export,
     training.verify_sync,
