@@ -30,6 +30,10 @@ from pipeline.errors import DataError
 
 Direction = Literal["up", "down", "both"]
 
+# Bets in units of 1 / spread. The one that grows fastest after a change by d spreads is about d;
+# the smallest also sees changes of a tenth of that size, given large windows or time.
+_BETS = (0.05, 0.15, 0.3, 0.5)
+
 
 @dataclass(frozen=True)
 class EDetector:
@@ -140,7 +144,7 @@ def _bets(mean: float, spread: float | None) -> list[float]:
     """Bets on a rise of a score with this mean, all below 1 / mean so that no factor is 0."""
     deviation = math.sqrt(mean * (1 - mean)) if spread is None else spread
     largest = 0.75 / mean
-    return [min(tenths / 10 / max(deviation, 1e-6), largest) for tenths in (1, 2, 4)]
+    return [min(share / max(deviation, 1e-6), largest) for share in _BETS]
 
 
 def _logs(log_sums: Sequence[float | None]) -> NDArray[np.float64]:

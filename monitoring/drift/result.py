@@ -1,77 +1,70 @@
 """What is asked of a window, and what is found: plain frozen values, ready for JSON and metrics."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-Kind = Literal["numeric", "categorical", "embedding"]
+from monitoring.drift.statistics import TESTS, TestResult
 
-# The smallest effect that counts, by test. A p-value says that a change is real, the effect whether
-# it matters: a large window makes any change significant.
-MIN_EFFECTS: Mapping[str, float] = {
-    "ks": 0.05,
-    "cramer_von_mises": 0.03,
-    "wasserstein": 0.1,
-    "chi2": 0.1,
-    "psi": 0.1,
-    "jensen_shannon": 0.1,
-    "mmd": 0.03,
-}
+Kind = Literal["numeric", "categorical", "embedding"]
 
 
 @dataclass(frozen=True)
 class DriftSettings:
     """How strictly a window is judged.
 
-    `numeric_test` and `categorical_test` name the test whose p-value decides; the others are
-    reported beside it. `min_effects` overrides single entries of `MIN_EFFECTS`.
+    About a numeric column the smallest p-value of the `numeric_tests` decides, times their number;
+    about the others `categorical_test`; all tests are reported. `min_effects` overrides the
+    smallest effect that counts, by test (also `mmd`): a large window makes any change significant,
+    the effect says whether it matters. `ignore` names columns that change by nature: a time, a
+    counter.
     """
 
     false_discovery_rate: float = 0.01
     min_rows: int = 50
-    numeric_test: str = "ks"
+    numeric_tests: Sequence[str] = ("ks", "tails")
     categorical_test: str = "chi2"
     min_effects: Mapping[str, float] = field(default_factory=dict)
+    ignore: Collection[str] = ()
     num_permutations: int = 1000
     max_embedding_rows: int = 2000
     confidence_level: float = 0.95
     seed: int = 0
 
-    def min_effect(self, test: str) -> float:
-        """The smallest effect of this test that counts as drift."""
-        return self.min_effects.get(test, MIN_EFFECTS[test])
-
-
-@dataclass(frozen=True)
-class TestResult:
-    """One test of one column. `p_value` is None for a distance without a test."""
-
-    statistic: float
-    p_value: float | None
-    effect: float
-
-    __test__ = False  # not a test of pytest's
+    def __post_init__(self) -> None:
+        deciding = {name: test for name, test in TESTS.items() if test.decides}
+        on_counts = {name for name, test in deciding.items() if test.on_counts}
+        if not self.numeric_tests:
+            raise ValueError("numeric_tests names at least one test; got none.")
+        for name in self.numeric_tests:
+            _require_known(name, deciding, "A numeric column")
+        _require_known(self.categorical_test, on_counts, "A categorical column")
+        for name in self.min_effects:
+            _require_known(name, {*TESTS, "mmd"}, "An effect")
 
 
 @dataclass(frozen=True)
 class ColumnDrift:
     """One column of a window against the reference.
 
-    `p_value` is that of the deciding test `decided_by`; `adjusted_p_value` is after
-    Benjamini-Hochberg over the columns of the window. All are None, and `tests` is empty, where
-    `note` says why the column could not be judged.
+    `p_value` is the deciding one, `effect` that of the test `effect_name` which gave it;
+    `adjusted_p_value` is after Benjamini-Hochberg over the columns of the window. The column
+    drifted if that is at most the false discovery rate and the effect at least `min_effect`. All
+    are None, and `tests` is empty, where `note` says why the column could not be judged. `mean` is
+    that of a numeric column in the window.
     """
 
     column: str
     kind: Kind
     num_rows: int
     tests: dict[str, TestResult] = field(default_factory=dict)
-    decided_by: str | None = None
     p_value: float | None = None
     adjusted_p_value: float | None = None
     effect: float | None = None
     effect_name: str | None = None
+    min_effect: float | None = None
     drifted: bool = False
+    mean: float | None = None
     note: str = ""
 
 
@@ -119,7 +112,7 @@ class WindowDrift:
         metrics = {"drift/num_rows": float(self.num_rows)}
         metrics["drift/num_drifted_columns"] = float(len(self.drifted))
         for column in self.columns:
-            for measure in ("p_value", "adjusted_p_value", "effect"):
+            for measure in ("p_value", "adjusted_p_value", "effect", "mean"):
                 if (value := getattr(column, measure)) is not None:
                     metrics[f"drift/{column.column}/{measure}"] = value
             for name, test in column.tests.items():
@@ -131,3 +124,8 @@ class WindowDrift:
     def to_json(self) -> dict[str, Any]:
         """Everything, as JSON's own types."""
         return asdict(self)
+
+
+def _require_known(test: str, known: Collection[str], subject: str) -> None:
+    if test not in known:
+        raise ValueError(f"{subject} is judged by one of {sorted(known)}; got {test!r}.")

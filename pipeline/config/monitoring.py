@@ -12,6 +12,7 @@ from pydantic import Field, field_validator, model_validator
 from pipeline.config.roles import PositiveInt, Section
 
 Severity = Literal["info", "warning", "critical"]
+NumericTest = Literal["ks", "cramer_von_mises", "chi2", "tails"]
 SEVERITIES: tuple[Severity, ...] = ("info", "warning", "critical")
 Share = Annotated[float, Field(gt=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -25,12 +26,14 @@ class DriftConfig(Section):
     """Benjamini-Hochberg level over the columns of one window."""
     min_rows: PositiveInt = 50
     """Windows with fewer rows are recorded, but their columns are not tested."""
-    numeric_test: Literal["ks", "cramer_von_mises"] = "ks"
-    """The test that decides for columns of numbers; the others are reported beside it."""
+    numeric_tests: Annotated[list[NumericTest], Field(min_length=1)] = ["ks", "tails"]
+    """The tests that decide for columns of numbers, corrected for their number; the others are reported beside them."""
     categorical_test: Literal["chi2"] = "chi2"
     """The test that decides for columns of names."""
     min_effects: dict[str, Annotated[float, Field(ge=0)]] = {}
     """Smallest effect size by test that counts as drift, however small the p-value, such as `{ks: 0.1}`."""
+    ignore: list[str] = []
+    """Columns that change by nature and are not compared, such as a time."""
     num_permutations: PositiveInt = 1000
     """Permutations behind the p-value of the embeddings."""
 
