@@ -3,16 +3,14 @@
 Everything that a user or a data set brought in is escaped by Jinja; only our charts are markup.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
 
 from monitoring import figures, words
 from monitoring.headline import tiles, verdict
+from monitoring.pages import render, shown
 from monitoring.run import Run, is_number, load_run, mean
 from pipeline.errors import RunFolderError
 from pipeline.records import RunFolder, write_text
@@ -41,30 +39,7 @@ def write_report(folder: RunFolder) -> Path:
 
 def render_report(folder: RunFolder) -> str:
     """The whole page; the same text for the same run folder."""
-    return _environment().get_template("report.html.j2").render(_content(load_run(folder)))
-
-
-def _environment() -> Environment:
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).with_name("templates")),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    for function in (
-        words.percent,
-        words.decimal,
-        words.quantity,
-        words.duration,
-        words.interval,
-        words.measure,
-        words.title_of,
-        words.needs_mc,
-    ):
-        environment.filters[function.__name__] = function
-    environment.globals["explain"] = words.EXPLANATIONS.get
-    return environment
+    return render("report.html.j2", _content(load_run(folder)))
 
 
 def _content(run: Run) -> dict[str, Any]:
@@ -77,7 +52,7 @@ def _content(run: Run) -> dict[str, Any]:
         "verdict": verdict(run),
         "tiles": tiles(run),
         "quality": _quality(run),
-        "curves": _shown(figures.curve_charts(run)),
+        "curves": shown(figures.curve_charts(run)),
         "calibration": _calibration(run),
         "uncertainty": _uncertainty(run),
         "ood": [_ood(run, name) for name in run.section("ood")],
@@ -143,7 +118,7 @@ def _calibration(run: Run) -> dict[str, Any]:
         "best": best,
         "temperature": calibration.get("temperature"),
         "unit": "tokens" if run.report.get("task") == "text-generation" else "rows",
-        "charts": _shown(figures.reliability_charts(run)),
+        "charts": shown(figures.reliability_charts(run)),
     }
 
 
@@ -156,7 +131,7 @@ def _uncertainty(run: Run) -> dict[str, Any]:
         if is_number(means.get(name)) or is_number(aurocs.get(name))
     ]
     rows = [{"name": name, "mean": means.get(name), "auroc": aurocs.get(name)} for name in names]
-    charts = _shown(figures.uncertainty_charts(run))
+    charts = shown(figures.uncertainty_charts(run))
     return {
         "rows": rows,
         "has_auroc": any(is_number(row["auroc"]) for row in rows),
@@ -175,7 +150,7 @@ def _ood(run: Run, name: str) -> dict[str, Any]:
         "best": entry.get("best"),
         "comparison": _comparison(entry, scores),
         "rows": [(score, scores[score] or {}) for score in ranked],
-        "charts": _shown(figures.ood_charts(run, name)),
+        "charts": shown(figures.ood_charts(run, name)),
     }
 
 
@@ -259,10 +234,6 @@ def _system(run: Run) -> dict[str, Any]:
         "training_seconds": max(times) - min(times) if len(times) > 1 else None,
         "mc": run.section("mc"),
     }
-
-
-def _shown(charts: Sequence[figures.Chart]) -> list[tuple[str, Markup]]:
-    return [(chart.title, Markup(chart.svg)) for chart in charts]
 
 
 def _or_zero(value: Any) -> float:

@@ -27,6 +27,7 @@ for command in (
     training.train,
     evaluating.evaluate,
     evaluating.report,
+    evaluating.card,
     comparing.compare,
     masks.mask,
     evaluating.export,

@@ -37,9 +37,11 @@ def trained_model(
 
 
 def model_version(run: RunFolder) -> str:
-    """16 hex digits that change with any file of `model/` and with the dropout plan."""
+    """16 hex digits that change with any file of `model/`, its card apart, and with the plan."""
     whole = hashlib.sha256(DropoutPlan.read(run.plan).digest.encode())
     for path in sorted(path for path in run.model.rglob("*") if path.is_file()):
+        if path.name == "README.md":
+            continue
         name = path.relative_to(run.model).as_posix()
         whole.update(f"\0{name}\0{sha256_of_file(path)}".encode())
     return whole.hexdigest()[:16]
