@@ -37,6 +37,7 @@ CURVES = {
     "uncertainty/*_histogram": "a measure for right and wrong answers",
     "ood/*/*_histogram": "a score for test rows and rows of a set",
 }
+PICTURES = {"figures/*": "the charts of the report"}
 TABLES = {"uncertainty/most_uncertain": "the test rows whose answers deserve the least trust"}
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from pipeline.config.load import load_config
 from pipeline.errors import InputError
+from pipeline.exhibits import Exhibit
 from pipeline.records import RunFolder
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -13,7 +14,7 @@ QUICKSTARTS = {"language": CONFIGS / "language" / "quickstart.yaml"}
 
 def quickstart(
     modality: str,
-    figures: Callable[[RunFolder], Mapping[str, Path]],
+    exhibits: Callable[[RunFolder], Mapping[str, Exhibit]],
     report: Callable[[RunFolder], Path],
     say: Callable[[str], None],
 ) -> Path:
@@ -21,7 +22,7 @@ def quickstart(
 
     Args:
         modality: one of QUICKSTARTS.
-        figures: draws an evaluated run for the trackers (monitoring is above this package).
+        exhibits: what trackers show of an evaluated run (monitoring is above this package).
         report: writes the report of a run folder.
         say: receives what the user should read.
     """
@@ -36,5 +37,5 @@ def quickstart(
     if code != 0:
         raise SystemExit(code)
     run = RunFolder(Path(config.output_dir) / config.name)
-    evaluate(run, config, say, figures)
+    evaluate(run, config, say, exhibits)
     return report(run)

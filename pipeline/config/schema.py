@@ -289,6 +289,8 @@ class WandbConfig(Section):
     project: str = "masklock"
     entity: str | None = None
     tags: list[str] = []
+    share_rows: bool = True
+    """Whether rows go along: the table of the most uncertain ones, report.html, the profile."""
     timeout_seconds: Annotated[float, Field(gt=0)] = 60.0
     """How long the end of a stage waits for an answer before it goes on without Weights & Biases."""
 

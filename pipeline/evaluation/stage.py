@@ -9,7 +9,6 @@ import platform
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -30,24 +29,20 @@ from pipeline.evaluation.ood.registry import FeatureDetector, fit_detectors
 from pipeline.evaluation.predict import Clock, Predictor
 from pipeline.evaluation.samples import joined, samples_table
 from pipeline.evaluation.verdict import verdict
+from pipeline.exhibits import Exhibit, Table
 from pipeline.modality.bundle import MODALITIES, chosen
 from pipeline.records import RunFolder, read_jsonl, write_bytes, write_json
-from pipeline.tracking import Picture, open_tracker
+from pipeline.tracking import open_tracker
 from pipeline.trained import require_same_labels, trained_model, trained_tokenizer
 
 Say = Callable[[str], None]
-Figures = Callable[[RunFolder], Mapping[str, Path]]
-
-# What a run's saved weights and plan have settled; only how they are run may still be changed.
-_SETTLED = ("model.", "peft", "dropout.")
-_OPEN = ("model.attn_implementation", "model.dtype", "model.trust_remote_code", "dropout.strict")
-
+Exhibits = Callable[[RunFolder], Mapping[str, Exhibit]]
 
 def evaluate(
     run: RunFolder,
     config: RunConfig,
     say: Say = lambda sentence: None,
-    figures: Figures = lambda run: {},
+    exhibits: Exhibits = lambda run: {},
 ) -> dict[str, Any]:
     """Evaluate a trained run.
 
@@ -55,7 +50,7 @@ def evaluate(
         run: its folder; it must hold `model/` and `plan.json`.
         config: its configuration; `evaluation:` and `data:` may differ from the training's.
         say: receives the few sentences a user should read.
-        figures: draws the evaluated run for the trackers: PNG files by name.
+        exhibits: what trackers show of the evaluated run, by name, once its files are written.
 
     Returns:
         The report, as written to `evaluation/report.json`; the same on every process.
@@ -65,13 +60,15 @@ def evaluate(
     parallel.require_devices(parallel.local_world_size(), devices)
     with parallel.exchanging(launch):
         is_main = parallel.is_main()
-        return _evaluate(run, config, say if is_main else _keep_quiet, figures)
+        return _evaluate(run, config, say if is_main else _keep_quiet, exhibits)
 
 
-def _evaluate(run: RunFolder, config: RunConfig, say: Say, figures: Figures) -> dict[str, Any]:
-    plan = _read_plan(run, config)
+def _evaluate(
+    run: RunFolder, config: RunConfig, say: Say, figures: Figures, keep: Keep
+) -> dict[str, Any]:
+    plan = read_plan(run, config)
     agreement.agree(agreement.start_facts(config))
-    data, predictor = _load(run, config, plan)
+    raw, data, predictor, tokenizer = _load(run, config, plan)
     fit_rows = _rows_to_fit(data, config)
     _agree_on_masks(predictor, data)
     predictions = _predict(predictor, data, say)
@@ -79,9 +76,21 @@ def _evaluate(run: RunFolder, config: RunConfig, say: Say, figures: Figures) -> 
     report = None
     if parallel.is_main():
         detectors = _fit(to_fit, predictor.has_classes, config)
-        scores = {split: judge.scores_of(part, detectors) for split, part in predictions.items()}
+        batches = {split: predictor.batches_of(rows) for split, rows in _rows(data).items()}
+        scores = {
+            split: judge.scores_of(part, detectors, batches[split])
+            for split, part in predictions.items()
+        }
         report = _report(config, data, predictor, clock, predictions, scores)
-        _write(run, report, _samples(data, predictions, scores))
+        temperature = report["calibration"].get("temperature")
+        fitted = Fitted(model_version(run), detectors, temperature)
+        origin = Origin(data.label_names, temperature, unknown_token(tokenizer))
+        scored = {
+            split: scored_table(predictions[split], rows, batches[split], scores[split], origin)
+            for split, rows in _reported(data).items()
+        }
+        _write(run, report, scored, fitted)
+        keep(run, _reference(scored["test"], raw, data, config, plan, fitted))
         say(_track(run, config, report, figures(run)))
     return dict(parallel.from_main(report))
 
@@ -98,41 +107,15 @@ def _agree_on_masks(predictor: Predictor, data: PreparedData) -> None:
 # -- what there is to evaluate -------------------------------------------------------------------
 
 
-def _read_plan(run: RunFolder, config: RunConfig) -> DropoutPlan:
-    if not run.plan.is_file() or not run.model.is_dir():
-        raise RunFolderError(
-            f"{run.path} was to hold a trained model, but {run.plan.name} or {run.model.name}/ is "
-            f"missing: its training has not finished. Train it first: `masklock train {run.path}`."
-        )
-    if run.config.is_file():
-        differences = config_diff(load_config(run.path), config)
-        settled = [d for d in differences if d.startswith(_SETTLED) and not d.startswith(_OPEN)]
-        if settled:
-            raise ConfigError(
-                [f"{one}: settled by the training" for one in settled],
-                f"evaluation of {run.path} (leave these as they were, or train another run)",
-            )
-    return DropoutPlan.read(run.plan)
-
-
-def _load(run: RunFolder, config: RunConfig, plan: DropoutPlan) -> tuple[PreparedData, Predictor]:
+def _load(
+    run: RunFolder, config: RunConfig, plan: DropoutPlan
+) -> tuple[RawData, PreparedData, Predictor, Any]:
     tokenizer = trained_tokenizer(run, config)
     with parallel.main_first():
-        data = prepare_data(config, load_raw(config), tokenizer)
+        raw = load_raw(config)
+        data = prepare_data(config, raw, tokenizer)
     require_same_labels(run, data)
-    with engines.unsharded():
-        model = trained_model(run, config, plan, tokenizer)
-    model.to(parallel.own_device(config.train.use_cpu))
-    keyed = KeyedDropout(model, plan, config.seed)
-    passes = config.evaluation.num_mc_passes
-    predictor = Predictor(
-        model,
-        MODALITIES[config.model.task].collator(tokenizer, config),
-        MonteCarlo(keyed, passes, strict=config.dropout.strict),
-        batch_size=config.evaluation.batch_size,
-        has_classes=data.label_names is not None,
-    )
-    return data, predictor
+    return raw, data, open_predictor(run, config, plan, tokenizer), tokenizer
 
 
 def _rows_to_fit(data: PreparedData, config: RunConfig) -> Any:
@@ -251,16 +234,21 @@ def _write(run: RunFolder, report: dict[str, Any], table: pa.Table) -> None:
 
 
 def _track(
-    run: RunFolder, config: RunConfig, report: Mapping[str, Any], pictures: Mapping[str, Path]
+    run: RunFolder, config: RunConfig, report: Mapping[str, Any], shown: Mapping[str, Exhibit]
 ) -> str:
-    """The headline numbers and pictures, at the last step of the training."""
+    """Headline numbers and exhibits, at the last step of the training; profile and report."""
     steps = [row["step"] for row in read_jsonl(run.metrics)] if run.metrics.is_file() else []
     numbers = headline_numbers(report)
     tracker = open_tracker(config, run, is_main=True)
     tracker.start(config.model_dump(mode="json"), config.name)
     tracker.log(numbers, max(steps, default=0))
-    for name, png in pictures.items():
-        tracker.show(name, Picture(png))
+    share_rows = config.wandb.share_rows
+    for name, exhibit in shown.items():
+        if share_rows or not isinstance(exhibit, Table):
+            tracker.show(name, exhibit)
+    for kind, path in {"profile": run.profile, "report": run.report_html}.items():
+        if share_rows and path.exists():
+            tracker.artifact(kind, path)
     tracker.summary(numbers)
     return tracker.finish()
 

@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from pipeline.config.schema import RunConfig
+from pipeline.exhibits import Curve, Exhibit, Notice, Picture, Table
 from pipeline.records import RunFolder
-from pipeline.tracking.exhibits import Curve, Exhibit, Notice, Picture, Table
 from pipeline.tracking.json_lines import JsonLinesTracker
 from pipeline.tracking.tracker import NullTracker, Tracker, TrackerGroup
 from pipeline.tracking.weights_and_biases import MONITORING, WandbTracker

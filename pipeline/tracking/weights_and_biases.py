@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.schema import WandbConfig
+from pipeline.exhibits import Curve, Exhibit, Notice, Picture
 from pipeline.metric_names import NAMESPACES, STEP, WINDOW
 from pipeline.records import RunFolder, write_text
-from pipeline.tracking.exhibits import Curve, Exhibit, Notice, Picture
 from pipeline.tracking.redaction import without_secrets
 from pipeline.tracking.wandb_client import Client, WandbClient
 from pipeline.tracking.wandb_file import num_confirmed_lines, num_history_rows

@@ -20,6 +20,7 @@ FLOORS = {
     "pipeline.errors": 0,
     "pipeline.records": 0,
     "pipeline.metric_names": 0,
+    "pipeline.exhibits": 0,
     "pipeline.config": 0,
     "pipeline.library_output": 1,
     "pipeline.parallel": 1,

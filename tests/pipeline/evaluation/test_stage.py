@@ -21,6 +21,7 @@ from pipeline.data import load_raw, prepare_data
 from pipeline.errors import ConfigError, DataError, RunFolderError
 from pipeline.evaluation import stage
 from pipeline.evaluation.stage import evaluate
+from pipeline.exhibits import Picture
 from pipeline.model import build_model, load_trained, plan_for
 from pipeline.records import RunFolder, read_jsonl, write_json
 from pipeline.tokenizer import load_tokenizer
@@ -272,19 +273,21 @@ class Recorder:
         return lambda *args: self.calls.append((name, *args)) or f"{name}ed."
 
 
-def test_numbers_and_figures_reach_one_tracker_session(classifier, monkeypatch, tmp_path):
+def test_numbers_exhibits_and_files_reach_one_tracker_session(classifier, monkeypatch, tmp_path):
     recorder, said = Recorder(), []
     monkeypatch.setattr(stage, "open_tracker", lambda config, folder, is_main: recorder)
 
-    def figures(run):
+    def exhibits(run):
         assert run.report_json.is_file()
-        return {"reliability": tmp_path / "a.png"}
+        run.report_html.write_text("a page")
+        return {"reliability": Picture(tmp_path / "a.png")}
 
-    evaluate(classifier.run, classifier.config, said.append, figures)
+    evaluate(classifier.run, classifier.config, said.append, exhibits)
     names = [name for name, *_ in recorder.calls]
-    assert names == ["start", "log", "figure", "summary", "finish"]
-    (_, numbers, step), (_, name, png) = recorder.calls[1:3]
-    assert (step, name, png) == (40, "reliability", tmp_path / "a.png")
+    assert names == ["start", "log", "show", "artifact", "summary", "finish"]
+    (_, numbers, step), (_, name, picture), artifact = recorder.calls[1:4]
+    assert (step, name, picture) == (40, "reliability", Picture(tmp_path / "a.png"))
+    assert artifact[1:] == ("report", classifier.run.report_html)
     assert numbers["eval/mc_accuracy"] == classifier.report["quality"]["mc"]["accuracy"]
     assert {key.split("/")[0] for key in numbers} == {"eval", "calibration", "uncertainty", "ood"}
     assert said[-1] == "finished."
