@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.spatial.distance import pdist
 
+from monitoring.drift.permutations import permuted_members, share_at_least
 from monitoring.drift.statistics import TestResult
 
 FloatArray = NDArray[np.float64]
@@ -39,8 +40,9 @@ def mmd(
     )
     members = permuted_members(len(reference), len(window), num_permutations, seed)
     squares = mmd_of_members(kernel, members, len(reference))
-    p_value = (1 + int((squares[1:] >= squares[0]).sum())) / (1 + num_permutations)
-    return TestResult(float(squares[0]), p_value, float(np.sqrt(max(squares[0], 0.0))))
+    return TestResult(
+        float(squares[0]), share_at_least(squares), float(np.sqrt(max(squares[0], 0.0)))
+    )
 
 
 def median_distance(rows: NDArray[np.floating]) -> float:
@@ -60,15 +62,6 @@ def gaussian_kernel(rows: NDArray[np.floating], bandwidth: float) -> NDArray[np.
     np.exp(np.minimum(kernel, 0, out=kernel), out=kernel)
     np.fill_diagonal(kernel, 0)
     return np.asarray(kernel)
-
-
-def permuted_members(n: int, m: int, num_permutations: int, seed: int) -> NDArray[np.float32]:
-    """0/1 columns [n + m, 1 + P] saying which rows count as reference; the first as observed."""
-    generator = np.random.Generator(np.random.Philox(seed))
-    rows = np.zeros((1 + num_permutations, n + m), dtype=np.float32)
-    rows[:, :n] = 1
-    generator.permuted(rows[1:], axis=1, out=rows[1:])
-    return np.ascontiguousarray(rows.T)
 
 
 def mmd_of_members(kernel: NDArray[np.float32], members: NDArray[np.float32], n: int) -> FloatArray:
