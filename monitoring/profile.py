@@ -142,6 +142,12 @@ def merge(first: ReferenceProfile, second: ReferenceProfile) -> ReferenceProfile
     )
 
 
+def save_profile(folder: RunFolder, scored: pa.Table) -> None:
+    """Write the profile of scored rows that say which model scored them."""
+    version = columns.metadata_of(scored.schema)["model_version"]
+    write_profile(folder, profile_of(scored, model_version=version))
+
+
 def write_profile(folder: RunFolder, profile: ReferenceProfile) -> None:
     """Write profile/: profile.json, arrays.npz and sample.parquet."""
     write_parts(folder.profile, vars(profile))

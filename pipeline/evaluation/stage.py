@@ -4,45 +4,56 @@ Several processes (torchrun, `accelerate launch`) share out the batches; the mai
 writes, and the files are those of one process.
 """
 
-import io
 import platform
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from torch import Tensor
 
-from pipeline import agreement, engines, parallel
-from pipeline.config.load import config_diff, load_config
+from pipeline import agreement, parallel
 from pipeline.config.schema import RunConfig
-from pipeline.data import PreparedData, load_raw, prepare_data
-from pipeline.dropout.context import KeyedDropout
+from pipeline.data import PreparedData, RawData, load_raw, prepare_data
 from pipeline.dropout.kernels import active_kernel
 from pipeline.dropout.plan import DropoutPlan
-from pipeline.errors import ConfigError, DataError, RunFolderError
+from pipeline.errors import DataError
 from pipeline.evaluation import judge
-from pipeline.evaluation.mc_dropout import MonteCarlo
+from pipeline.evaluation.fitted import Fitted, write_fitted
+from pipeline.evaluation.inputs import carried_columns
 from pipeline.evaluation.ood.registry import FeatureDetector, fit_detectors
+from pipeline.evaluation.opening import open_predictor, processes, read_plan
 from pipeline.evaluation.predict import Clock, Predictor
-from pipeline.evaluation.samples import joined, samples_table
+from pipeline.evaluation.samples import (
+    Origin,
+    samples_of,
+    scored_table,
+    scoring_facts,
+    unknown_token,
+    with_carried,
+    with_metadata,
+    write_table,
+)
 from pipeline.evaluation.verdict import verdict
 from pipeline.exhibits import Exhibit, Table
-from pipeline.modality.bundle import MODALITIES, chosen
-from pipeline.records import RunFolder, read_jsonl, write_bytes, write_json
+from pipeline.modality.bundle import chosen
+from pipeline.records import RunFolder, read_jsonl, write_json
 from pipeline.tracking import open_tracker
-from pipeline.trained import require_same_labels, trained_model, trained_tokenizer
+from pipeline.trained import model_version, require_same_labels, trained_tokenizer
 
 Say = Callable[[str], None]
 Exhibits = Callable[[RunFolder], Mapping[str, Exhibit]]
+KeepProfile = Callable[[RunFolder, pa.Table], None]
+
 
 def evaluate(
     run: RunFolder,
     config: RunConfig,
     say: Say = lambda sentence: None,
     exhibits: Exhibits = lambda run: {},
+    keep_profile: KeepProfile = lambda run, scored: None,
 ) -> dict[str, Any]:
     """Evaluate a trained run.
 
@@ -51,47 +62,36 @@ def evaluate(
         config: its configuration; `evaluation:` and `data:` may differ from the training's.
         say: receives the few sentences a user should read.
         exhibits: what trackers show of the evaluated run, by name, once its files are written.
+        keep_profile: is given the scored rows of the test split, the reference of production.
 
     Returns:
         The report, as written to `evaluation/report.json`; the same on every process.
     """
-    launch = parallel.read_launch()
-    devices = parallel.visible_devices(config.train.use_cpu)
-    parallel.require_devices(parallel.local_world_size(), devices)
-    with parallel.exchanging(launch):
-        is_main = parallel.is_main()
-        return _evaluate(run, config, say if is_main else _keep_quiet, exhibits)
+    with processes(config):
+        speak = say if parallel.is_main() else _keep_quiet
+        return _evaluate(run, config, speak, exhibits, keep_profile)
 
 
 def _evaluate(
-    run: RunFolder, config: RunConfig, say: Say, figures: Figures, keep: Keep
+    run: RunFolder, config: RunConfig, say: Say, exhibits: Exhibits, keep_profile: KeepProfile
 ) -> dict[str, Any]:
     plan = read_plan(run, config)
     agreement.agree(agreement.start_facts(config))
-    raw, data, predictor, tokenizer = _load(run, config, plan)
-    fit_rows = _rows_to_fit(data, config)
-    _agree_on_masks(predictor, data)
-    predictions = _predict(predictor, data, say)
-    to_fit, clock = predictor.features(fit_rows), predictor.slowest_clock()
+    opened = _open(run, config, plan)
+    fit_rows = _rows_to_fit(opened.data, config)
+    _agree_on_masks(opened.predictor, opened.data)
+    predictions = _predict(opened.predictor, opened.data, say)
+    to_fit, clock = opened.predictor.features(fit_rows), opened.predictor.slowest_clock()
     report = None
     if parallel.is_main():
-        detectors = _fit(to_fit, predictor.has_classes, config)
-        batches = {split: predictor.batches_of(rows) for split, rows in _rows(data).items()}
-        scores = {
-            split: judge.scores_of(part, detectors, batches[split])
-            for split, part in predictions.items()
-        }
-        report = _report(config, data, predictor, clock, predictions, scores)
-        temperature = report["calibration"].get("temperature")
-        fitted = Fitted(model_version(run), detectors, temperature)
-        origin = Origin(data.label_names, temperature, unknown_token(tokenizer))
-        scored = {
-            split: scored_table(predictions[split], rows, batches[split], scores[split], origin)
-            for split, rows in _reported(data).items()
-        }
+        detectors = _fit(to_fit, opened.predictor.has_classes, config)
+        scores = _scores(opened, predictions, detectors)
+        report = _report(config, opened.data, opened.predictor, clock, predictions, scores)
+        fitted = Fitted(model_version(run), detectors, report["calibration"].get("temperature"))
+        scored = _scored(opened, predictions, scores, fitted)
         _write(run, report, scored, fitted)
-        keep(run, _reference(scored["test"], raw, data, config, plan, fitted))
-        say(_track(run, config, report, figures(run)))
+        keep_profile(run, _reference(scored["test"], opened, config, plan, fitted))
+        say(_track(run, config, report, exhibits(run)))
     return dict(parallel.from_main(report))
 
 
@@ -107,15 +107,21 @@ def _agree_on_masks(predictor: Predictor, data: PreparedData) -> None:
 # -- what there is to evaluate -------------------------------------------------------------------
 
 
-def _load(
-    run: RunFolder, config: RunConfig, plan: DropoutPlan
-) -> tuple[RawData, PreparedData, Predictor, Any]:
+@dataclass(frozen=True)
+class _Opened:
+    raw: RawData
+    data: PreparedData
+    tokenizer: Any
+    predictor: Predictor
+
+
+def _open(run: RunFolder, config: RunConfig, plan: DropoutPlan) -> _Opened:
     tokenizer = trained_tokenizer(run, config)
     with parallel.main_first():
         raw = load_raw(config)
         data = prepare_data(config, raw, tokenizer)
     require_same_labels(run, data)
-    return raw, data, open_predictor(run, config, plan, tokenizer), tokenizer
+    return _Opened(raw, data, tokenizer, open_predictor(run, config, plan, tokenizer))
 
 
 def _rows_to_fit(data: PreparedData, config: RunConfig) -> Any:
@@ -158,6 +164,17 @@ def _fit(
         labels if has_classes else None,
         num_neighbours=config.evaluation.knn_neighbours,
     )
+
+
+def _scores(
+    opened: _Opened,
+    predictions: Mapping[str, judge.Prediction],
+    detectors: Mapping[str, FeatureDetector],
+) -> dict[str, judge.Scores]:
+    return {
+        split: judge.scores_of(predictions[split], detectors, opened.predictor.batches_of(rows))
+        for split, rows in _reported(opened.data).items()
+    }
 
 
 # -- the report ----------------------------------------------------------------------------------
@@ -209,27 +226,46 @@ def versions() -> dict[str, str]:
     )
 
 
-def _samples(
-    data: PreparedData,
+# -- scored rows ---------------------------------------------------------------------------------
+
+
+def _scored(
+    opened: _Opened,
     predictions: Mapping[str, judge.Prediction],
     scores: Mapping[str, judge.Scores],
+    fitted: Fitted,
+) -> dict[str, pa.Table]:
+    """Scored rows of every split that is reported."""
+    unknown = unknown_token(opened.tokenizer)
+    origin = Origin(opened.data.label_names, fitted.temperature, unknown)
+    return {
+        split: scored_table(
+            predictions[split], rows, opened.predictor.batches_of(rows), scores[split], origin
+        )
+        for split, rows in _reported(opened.data).items()
+    }
+
+
+def _reference(
+    scored: pa.Table, opened: _Opened, config: RunConfig, plan: DropoutPlan, fitted: Fitted
 ) -> pa.Table:
-    return joined(
-        [
-            samples_table(split, predictions[split], rows, scores[split], data.label_names)
-            for split, rows in _reported(data).items()
-        ]
-    )
+    """The test rows as `masklock score` would have scored them, with the user's own columns."""
+    places = opened.data.test["sample_id"][:] if opened.predictor.has_classes else None
+    carried = carried_columns(opened.raw.test, config, places=places, taken=scored.column_names)
+    names = [] if carried is None else carried.column_names
+    facts = scoring_facts(config, fitted.model_version, plan.digest, opened.data.label_names, names)
+    return with_metadata(with_carried(scored, carried), facts)
 
 
 # -- writing -------------------------------------------------------------------------------------
 
 
-def _write(run: RunFolder, report: dict[str, Any], table: pa.Table) -> None:
-    run.evaluation.mkdir(parents=True, exist_ok=True)
-    buffer = io.BytesIO()
-    pq.write_table(table, buffer)
-    write_bytes(run.samples, buffer.getvalue())
+def _write(
+    run: RunFolder, report: dict[str, Any], scored: Mapping[str, pa.Table], fitted: Fitted
+) -> None:
+    samples = [samples_of(split, table) for split, table in scored.items()]
+    write_table(run.samples, pa.concat_tables(samples))
+    write_fitted(run, fitted)
     write_json(run.report_json, report)
 
 
