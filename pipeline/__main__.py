@@ -10,7 +10,15 @@ from pathlib import Path
 
 import typer
 
-from pipeline.commands import comparing, evaluating, launching, masks, preparing, training
+from pipeline.commands import (
+    comparing,
+    evaluating,
+    launching,
+    masks,
+    preparing,
+    retraining,
+    training,
+)
 from pipeline.errors import LayoutError, MasklockError
 from pipeline.library_output import without_data_bars, without_waiting_lines
 
@@ -29,6 +37,8 @@ for command in (
     evaluating.report,
     evaluating.card,
     comparing.compare,
+    retraining.retrain,
+    retraining.rows,
     masks.mask,
     evaluating.export,
     training.verify_sync,
@@ -38,6 +48,7 @@ for command in (
 ):
     app.command(command.__name__.replace("_", "-"))(command)
 app.add_typer(launching.launch)
+app.add_typer(retraining.registry)
 
 
 def main() -> None:

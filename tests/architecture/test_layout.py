@@ -53,6 +53,7 @@ FLOORS = {
     "pipeline.check": 6,
     "pipeline.verify": 6,
     "pipeline.export": 6,
+    "pipeline.rows": 6,
     "pipeline.doctor": 6,
     "pipeline.quickstart": 7,
     "pipeline.commands": 8,
