@@ -62,19 +62,27 @@ def uncertainty(run: Run) -> dict[str, Curve]:
 
 
 def separation(run: Run) -> dict[str, Curve]:
-    """The best score of each out-of-distribution set, for its rows and for the test rows."""
-    curves = {}
-    for name, section in run.section("ood").items():
-        score = section["best"]
-        splits = {"test": "test", name: f"ood:{name}"}
-        groups = {
-            group: _finite([row.get(score) for row in run.samples_of(split)])
-            for group, split in splits.items()
-        }
-        if all(len(values) for values in groups.values()):
-            curve = histogram(title_of(score), score, groups)
-            curves[f"ood/{name}/best_score_histogram"] = curve
-    return curves
+    """The score that is best over all sets, for the test rows and the rows of each set."""
+    scores = _common_scores(run.section("ood"))
+    if not scores:
+        return {}
+    best = max(scores, key=lambda name: scores[name])
+    splits = {"test": "test", **{name: f"ood:{name}" for name in run.section("ood")}}
+    groups = {
+        group: _finite([row.get(best) for row in run.samples_of(split)])
+        for group, split in splits.items()
+    }
+    known = {group: values for group, values in groups.items() if len(values)}
+    if len(known) < 2:
+        return {}
+    return {"ood/best_score_histogram": histogram(title_of(best), best, known)}
+
+
+def _common_scores(sets: Mapping[str, Any]) -> dict[str, float]:
+    """Sum of the AUROC over the sets, of every score that all of them have."""
+    tables = [section["scores"] for section in sets.values()]
+    names = set.intersection(*(set(table) for table in tables)) if tables else set()
+    return {name: sum(table[name]["auroc"] for table in tables) for name in sorted(names)}
 
 
 def doubtful(run: Run) -> dict[str, Table]:
