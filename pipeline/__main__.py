@@ -12,6 +12,7 @@ import typer
 
 from pipeline.commands import (
     comparing,
+    dashboards,
     evaluating,
     launching,
     masks,
@@ -35,6 +36,7 @@ for command in (
     training.train,
     evaluating.evaluate,
     evaluating.report,
+    dashboards.dashboard,
     evaluating.card,
     comparing.compare,
     retraining.retrain,
