@@ -33,6 +33,7 @@ FLOORS = {
     "pipeline.corpora": 4,
     "pipeline.data": 4,
     "pipeline.packing": 4,
+    "pipeline.quantization": 4,
     "pipeline.adapter": 4,
     "pipeline.blueprint": 4,
     "pipeline.model": 4,
