@@ -18,6 +18,7 @@ from pipeline.commands import (
     masks,
     preparing,
     retraining,
+    scoring,
     training,
 )
 from pipeline.errors import LayoutError, MasklockError
@@ -35,6 +36,7 @@ for command in (
     preparing.plan,
     training.train,
     evaluating.evaluate,
+    scoring.score,
     evaluating.report,
     dashboards.dashboard,
     evaluating.card,

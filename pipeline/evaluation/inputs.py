@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from pipeline.config.schema import RunConfig
 from pipeline.errors import DataError
@@ -40,6 +41,8 @@ def read_inputs(paths: Sequence[Path]) -> "Dataset":
     if not paths:
         raise DataError("There is nothing to score: name files with --input.")
     parts = [_read(Path(path)) for path in paths]
+    if len(parts) == 1:
+        return parts[0]
     for path, part in zip(paths, parts, strict=True):
         if odd := sorted({*part.column_names} ^ {*parts[0].column_names}):
             raise DataError(
@@ -47,9 +50,9 @@ def read_inputs(paths: Sequence[Path]) -> "Dataset":
                 "score them apart."
             )
     try:
-        return parts[0] if len(parts) == 1 else concatenate_datasets(parts)
-    except ValueError as error:
-        raise DataError(f"The inputs do not fit together: {error}") from error
+        return concatenate_datasets([part.cast(parts[0].features) for part in parts])
+    except (ValueError, pa.ArrowException) as error:
+        raise DataError(f"The inputs have other types in one file than another: {error}") from error
 
 
 def prepare_inputs(
@@ -124,6 +127,8 @@ def _read(path: Path) -> "Dataset":
     # A cache of its own, gone at once: windows of production would fill the user's.
     with tempfile.TemporaryDirectory() as cache:
         try:
+            if loader == "parquet" and not pq.read_metadata(path).num_rows:  # load_dataset fails
+                raise DataError(f"{path}: there are no rows")
             return load_dataset(
                 loader,
                 data_files=[str(path)],
@@ -132,7 +137,7 @@ def _read(path: Path) -> "Dataset":
                 keep_in_memory=True,
                 **options,
             )
-        except (OSError, ValueError, RuntimeError, DatasetsError) as error:
+        except (OSError, ValueError, RuntimeError, DatasetsError, pa.ArrowException) as error:
             reason = error.__cause__ or error
             raise DataError(f"{path} cannot be read as {loader}: {reason}") from error
 

@@ -19,7 +19,7 @@ from pipeline.config.schema import RunConfig
 from pipeline.evaluation.batches import Batches, batch_keys
 from pipeline.evaluation.calibration import apply_temperature
 from pipeline.evaluation.judge import ENTROPIES, Prediction, Scores
-from pipeline.evaluation.ood.registry import SCORES
+from pipeline.evaluation.ood.registry import CLASS_SOURCES, SCORES, TOKEN_SOURCES
 from pipeline.evaluation.predict import ClassPrediction, TokenPrediction
 from pipeline.modality.bundle import LabelNames
 from pipeline.records import write_bytes
@@ -93,8 +93,10 @@ def scored_table(
 
 def scored_names(has_classes: bool) -> set[str]:
     """Columns of scored rows, before there are any."""
-    kind = CLASS_COLUMNS if has_classes else TOKEN_COLUMNS
-    return {*COLUMNS, *kind, *ENTROPIES, *SCORES}
+    columns = CLASS_COLUMNS if has_classes else TOKEN_COLUMNS
+    sources = CLASS_SOURCES if has_classes else TOKEN_SOURCES
+    scores = {name for name, score in SCORES.items() if sources & set(score.sources)}
+    return {*COLUMNS, *columns, *ENTROPIES, *scores}
 
 
 def samples_of(split: str, scored: pa.Table) -> pa.Table:

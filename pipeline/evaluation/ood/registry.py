@@ -21,6 +21,8 @@ from pipeline.evaluation.ood import logits, monte_carlo
 from pipeline.evaluation.ood.knn import NearestNeighbours
 from pipeline.evaluation.ood.mahalanobis import Mahalanobis
 
+CLASS_SOURCES = {"logits", "monte_carlo", "features"}
+TOKEN_SOURCES = {"tokens", "monte_carlo_tokens", "features"}
 SOURCES = ("logits", "monte_carlo", "tokens", "monte_carlo_tokens", "features")
 
 
