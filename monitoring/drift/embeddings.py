@@ -67,8 +67,10 @@ def gaussian_kernel(rows: NDArray[np.floating], bandwidth: float) -> NDArray[np.
 def mmd_of_members(kernel: NDArray[np.float32], members: NDArray[np.float32], n: int) -> FloatArray:
     """MMD^2 [columns] of every division of the rows into n and the others."""
     m = len(kernel) - n
-    row_sums = kernel.sum(axis=1, dtype=np.float64)
-    inside = np.einsum("np,np->p", members, kernel @ members, dtype=np.float64)
+    columns = np.concatenate([members, np.ones((n + m, 1), dtype=np.float32)], axis=1)
+    product = kernel @ columns
+    row_sums = product[:, -1].astype(np.float64)
+    inside = (members * product[:, :-1]).sum(axis=0, dtype=np.float64)
     touching = row_sums @ members
     outside = row_sums.sum() - 2 * touching + inside
     between = touching - inside
