@@ -19,6 +19,7 @@ FLOORS = {
     "pipeline": 0,
     "pipeline.errors": 0,
     "pipeline.records": 0,
+    "pipeline.locking": 0,
     "pipeline.metric_names": 0,
     "pipeline.exhibits": 0,
     "pipeline.config": 0,
