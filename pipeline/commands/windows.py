@@ -87,10 +87,13 @@ class Judge:
         return outcome
 
     def _show(self, window: "Window", outcome: "MonitorOutcome") -> None:
-        """A row, curves beside the reference, and the newest of all alerts."""
+        """monitor.html anew; a row, curves beside the reference, and the newest of all alerts."""
         from monitoring.acknowledging import alerts_of
         from monitoring.dashboards.window import alert_table, window_curves, window_row
+        from monitoring.production import write_monitor_page
         from monitoring.profile import read_profile
+
+        write_monitor_page(self.folder)
 
         assert outcome.record.id is not None
         row = window_row(outcome.record.measures, len(outcome.alerts))
