@@ -58,6 +58,11 @@ class Alert:
         known = {one.name for one in dataclasses.fields(cls)}
         return cls(**{name: item for name, item in value.items() if name in known})
 
+    @property
+    def subject(self) -> tuple[str, str | None]:
+        """What people are told of once in a while: the rule and its measure."""
+        return self.rule, self.evidence.get("metric")
+
     def is_at_least(self, severity: Severity) -> bool:
         """Whether this alert is as serious as `severity`, or more."""
         return SEVERITIES.index(self.severity) >= SEVERITIES.index(severity)
@@ -72,6 +77,11 @@ def alert_id(run: str, window_sha256: str, rule: str, column: str | None = None)
 def utc_now() -> datetime:
     """The clock of everything here, unless a test gives another."""
     return datetime.now(UTC)
+
+
+def stamp(time: datetime) -> str:
+    """A time as text that sorts as the times do: UTC, ISO 8601, to the second."""
+    return time.astimezone(UTC).isoformat(timespec="seconds")
 
 
 def write_alert(folder: Path, alert: Alert) -> Path:

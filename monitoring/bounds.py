@@ -53,10 +53,10 @@ def value_score(reference: ArrayLike, error: float = 0.01) -> BoundedScore:
 def rank_score(reference: ArrayLike, error: float = 0.01) -> BoundedScore:
     """Share of reference rows below a value, ties counted half.
 
-    Given the reference, the mean rank of a new row is the mean of n independent values
-    P(X > r_i) + P(X = r_i) / 2, each of mean 1/2 and in convex order below a uniform one, whose
-    cumulant is at most t^2 / 24 (Hoeffding's lemma with the variance 1/12): hence the bound
-    sqrt(log(1 / error) / (6 n)).
+    Given the reference rows r_1..r_n, the mean rank of a new row X is the mean of n independent
+    values P(X > r_i) + P(X = r_i) / 2, each the conditional mean of a uniform value. Centred, a
+    uniform value has E exp(t U) = sinh(t / 2) / (t / 2) <= exp(t^2 / 24), so the mean leaves 1/2 by
+    more than sqrt(log(1 / error) / (6 n)) with a probability of at most `error` on each side.
     """
     rows = np.sort(_vector(reference, "The reference"))
     margin = min(0.5, math.sqrt(math.log(1 / error) / (6 * len(rows))))
@@ -101,11 +101,12 @@ SCORES: Mapping[str, Callable[..., BoundedScore]] = {
 def upper_mean_bound(values: ArrayLike, error: float = 0.01) -> float:
     """Upper confidence bound on the mean of rows [n] in [0, 1], from bets against every mean m.
 
-    log K(m) = sum_i log(1 + l_i (m - x_i)) with l_i chosen from the rows before i: where the mean
-    is at least m... K(m) >= 1 / error has a chance of at most `error` if m is the mean (Markov), so
-    the smallest such m is the bound. l_i = sqrt(2 log(1 / error) / (n v_{i-1})), at most 3/4, v the
-    variance so far. Waudby-Smith & Ramdas, "Estimating means of bounded random variables by
-    betting", JRSS-B 2024, section 4 (github.com/gostevehoward/confseq).
+    log K(m) = sum_i log(1 + l_i (m - x_i)), with l_i > 0 chosen from the rows before i, grows with
+    m. For the true mean K has an expectation of 1, so that K >= 1 / error happens with a chance of
+    at most `error` (Markov): the bound is the m where K(m) = 1 / error. With v the variance so far,
+    l_i = sqrt(2 log(1 / error) / (n v_{i-1})), at most 3/4. Waudby-Smith & Ramdas, "Estimating
+    means of bounded random variables by betting", JRSS-B 2024, section 4
+    (github.com/gostevehoward/confseq).
     """
     x = _vector(values, "The reference")
     if not ((x >= 0) & (x <= 1)).all():

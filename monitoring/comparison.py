@@ -29,7 +29,16 @@ from pipeline.errors import RunFolderError
 from pipeline.records import RunFolder
 
 SCHEMA = "masklock-comparison-v1"
-OOD_SCORES = ("msp", "max_logit", "energy", "entropy", "mahalanobis", "knn")
+_BOTH_SCORES = (
+    *("mahalanobis", "knn"),
+    *("mc_predictive_entropy", "mc_expected_entropy", "mc_mutual_information"),
+)
+OOD_SCORES = {
+    "classes": ("msp", "max_logit", "energy", "entropy", "mc_msp", "mc_disagreement"),
+    "tokens": ("surprise", "token_entropy", "mc_surprise"),
+}
+OOD_SCORES = {kind: (*own, *_BOTH_SCORES) for kind, own in OOD_SCORES.items()}
+"""Scores that tell other rows from the test rows, by what a task predicts."""
 OOD = "ood:"
 Both = tuple[Statistic, Statistic]
 
@@ -74,6 +83,8 @@ class Comparison:
     run_a: str
     run_b: str
     num_rows: int
+    num_unpaired: int
+    """Rows of all sets that only one run has; they are left out."""
     fingerprint: str
     """sha256 over ids, texts and labels of the compared rows."""
     same_masks: bool
@@ -145,6 +156,7 @@ def compare_runs(
         run_a=a.name,
         run_b=b.name,
         num_rows=sizes[TEST],
+        num_unpaired=a.samples.num_rows + b.samples.num_rows - 2 * sum(sizes.values()),
         fingerprint=pairs[TEST].fingerprint,
         same_masks=same_masks,
         confidence_level=confidence_level,
@@ -189,7 +201,7 @@ def _kind(pair: Pair) -> str:
 
 def _ood_scores(test: Pair) -> list[str]:
     names = dict.fromkeys(test.a.column_names + test.b.column_names)
-    return [name for name in names if name in OOD_SCORES or name.startswith("mc_")]
+    return [name for name in names if name in OOD_SCORES[_kind(test)]]
 
 
 def _accuracy(rows: str, pair: Pair) -> Both:

@@ -81,6 +81,49 @@ def draw_lines(axes: "Axes", lines: Mapping[str, Points], colours: Mapping[str, 
         _log_scale_if_wide(axes, [value for points in lines.values() for _, value in points])
 
 
+def draw_windows(
+    axes: "Axes",
+    lines: Mapping[str, Points],
+    colours: Mapping[str, str],
+    level: float | None = None,
+    level_name: str = "",
+    log: bool = False,
+) -> None:
+    """One line a name over the windows of production, and the level that they are held against."""
+    for name, points in lines.items():
+        numbers, values = zip(*points, strict=True)
+        axes.plot(numbers, values, color=colours[name], label=name if len(lines) > 1 else None)
+        for number, value in points:
+            tip = _tip(f"{name}, window {number:g}: {value:.4g}")
+            axes.plot([number], [value], "o", color=colours[name], markersize=3.5, gid=tip)
+    if level is not None:
+        axes.axhline(level, color=_INK, linewidth=1, linestyle=(0, (4, 3)), label=level_name)
+    if log:
+        axes.set_yscale("log")
+    axes.margins(y=0.15)
+    axes.set_xlabel("window")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.legend(**_ABOVE)
+
+
+def draw_timeline(
+    axes: "Axes",
+    windows: Sequence[int],
+    events: Sequence[tuple[int, int, str]],
+    levels: Sequence[str],
+) -> None:
+    """Every window as a tick, every event as a mark in the row of its level."""
+    colours = (_MUTED, "#E69F00", ORANGE)
+    axes.plot(windows, [-0.8] * len(windows), "|", color=_MUTED, markersize=6)
+    for number, level, title in events:
+        tip = _tip(f"window {number}, {levels[level]}: {title}")
+        mark = {"color": colours[level], "markersize": 8, "markeredgecolor": "white"}
+        axes.plot([number], [level], "o", gid=tip, **mark)
+    axes.set_yticks(range(len(levels)), levels)
+    axes.set(ylim=(-1.2, len(levels) - 0.5), xlabel="window")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+
+
 def draw_reliability(axes: "Axes", bins: Sequence[Mapping[str, Any]], colour: str) -> None:
     """Accuracy by confidence. The hatched part is the gap to the diagonal; below, rows a bin."""
     filled = [row for row in bins if row.get("count") and row.get("accuracy") is not None]

@@ -52,6 +52,8 @@ class ReferenceProfile:
     task: str
     label_names: tuple[str, ...] | None
     """Classes of the model; None for tasks without."""
+    num_mc_passes: int | None
+    """Monte-Carlo passes behind every score; None where the rows do not say."""
     num_rows: int
     columns: Mapping[str, str]
     """Type of every scored column, as Arrow names it."""
@@ -97,6 +99,7 @@ def profile_of(
         model_version=model_version,
         task=about.get("task", ""),
         label_names=tuple(label_names) if label_names else None,
+        num_mc_passes=about.get("num_mc_passes"),
         num_rows=table.num_rows,
         columns={name: str(kind) for name, kind in fields.items()},
         own_columns=tuple(name for name in fields if name not in about.get("carried", ())),
@@ -127,6 +130,7 @@ def merge(first: ReferenceProfile, second: ReferenceProfile) -> ReferenceProfile
         model_version=first.model_version,
         task=first.task,
         label_names=first.label_names,
+        num_mc_passes=first.num_mc_passes,
         num_rows=first.num_rows + second.num_rows,
         columns=first.columns,
         own_columns=first.own_columns,
@@ -140,6 +144,12 @@ def merge(first: ReferenceProfile, second: ReferenceProfile) -> ReferenceProfile
         calibration=_added(first.calibration, second.calibration),
         sample=_merged_samples(first, second),
     )
+
+
+def save_profile(folder: RunFolder, scored: pa.Table) -> None:
+    """Write the profile of scored rows that say which model scored them."""
+    version = columns.metadata_of(scored.schema)["model_version"]
+    write_profile(folder, profile_of(scored, model_version=version))
 
 
 def write_profile(folder: RunFolder, profile: ReferenceProfile) -> None:
@@ -252,7 +262,7 @@ def _merged_samples(first: ReferenceProfile, second: ReferenceProfile) -> pa.Tab
 
 
 def _require_mergeable(first: ReferenceProfile, second: ReferenceProfile) -> None:
-    names = ("model_version", "task", "label_names", "columns", "own_columns")
+    names = ("model_version", "task", "label_names", "num_mc_passes", "columns", "own_columns")
     problems = [
         f"{name}: {getattr(first, name)} and {getattr(second, name)}"
         for name in names

@@ -22,6 +22,7 @@ from pipeline.records import write_bytes, write_json
 
 PROFILE_SCHEMA = "masklock-profile-v1"
 JSON, ARRAYS, SAMPLE = "profile.json", "arrays.npz", "sample.parquet"
+_PLAIN = ("model_version", "task", "num_mc_passes", "num_rows", "columns", "categories")
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -30,8 +31,7 @@ def write_parts(folder: Path, parts: Mapping[str, Any]) -> None:
     """Write the fields of a ReferenceProfile."""
     arrays: Arrays = {}
     content = {
-        **{name: parts[name] for name in ("model_version", "task", "label_names", "num_rows")},
-        **{name: parts[name] for name in ("columns", "own_columns", "categories")},
+        **{name: parts[name] for name in (*_PLAIN, "label_names", "own_columns")},
         "numbers": _numbers_out(parts["numbers"], arrays),
         "classes": _classes_out(parts["classes"], arrays),
         "calibration": _calibration_out(parts["calibration"], arrays),
@@ -56,8 +56,7 @@ def read_parts(folder: Path, model_version: str | None) -> dict[str, Any]:
         )
     names = content["label_names"]
     return {
-        **{name: content[name] for name in ("model_version", "task", "num_rows")},
-        **{name: content[name] for name in ("columns", "categories")},
+        **{name: content[name] for name in _PLAIN},
         "label_names": None if names is None else tuple(names),
         "own_columns": tuple(content["own_columns"]),
         "numbers": _numbers_in(content["numbers"], arrays),

@@ -11,6 +11,7 @@ import yaml
 from monitoring import figures, words
 from monitoring.headline import tiles, verdict
 from monitoring.pages import render, shown
+from monitoring.production import Production, content_of, load_production
 from monitoring.run import Run, is_number, load_run, mean
 from pipeline.errors import RunFolderError
 from pipeline.records import RunFolder, write_text
@@ -39,10 +40,10 @@ def write_report(folder: RunFolder) -> Path:
 
 def render_report(folder: RunFolder) -> str:
     """The whole page; the same text for the same run folder."""
-    return render("report.html.j2", _content(load_run(folder)))
+    return render("report.html.j2", _content(load_run(folder), load_production(folder)))
 
 
-def _content(run: Run) -> dict[str, Any]:
+def _content(run: Run, production: Production | None) -> dict[str, Any]:
     """Everything the template shows, section by section."""
     config = _parsed(run.config)
     return {
@@ -52,6 +53,7 @@ def _content(run: Run) -> dict[str, Any]:
         "verdict": verdict(run),
         "tiles": tiles(run),
         "quality": _quality(run),
+        "production": content_of(production) if production else None,
         "curves": shown(figures.curve_charts(run)),
         "calibration": _calibration(run),
         "uncertainty": _uncertainty(run),

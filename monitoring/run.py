@@ -60,6 +60,15 @@ def load_run(folder: RunFolder) -> Run:
     )
 
 
+def best_ood_score(folder: RunFolder) -> str | None:
+    """The score that told the evaluation's out-of-distribution sets best, by its mean AUROC."""
+    found: dict[str, list[float]] = {}
+    for section in _read_object(folder.report_json).get("ood", {}).values():
+        for score, figures in section["scores"].items():
+            found.setdefault(score, []).append(figures["auroc"])
+    return max(found, key=lambda score: sum(found[score]) / len(found[score]), default=None)
+
+
 def is_number(value: Any) -> bool:
     """Whether it is a finite number."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

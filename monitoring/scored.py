@@ -81,7 +81,7 @@ def read_window(paths: Sequence[Path], labels: Sequence[Path] = ()) -> Window:
     files = [Path(path) for path in paths]
     tables = [read_table(path) for path in files]
     metadata = _agreed([columns.metadata_of(table.schema) for table in tables], files)
-    window = Window(_joined(tables, files), tuple(files), _sha256(files), metadata)
+    window = Window(_joined(tables, files), tuple(files), sha256_of(files), metadata)
     return _with_labels(window, [Path(path) for path in labels]) if labels else window
 
 
@@ -96,6 +96,12 @@ def require_matches(window: Window, profile: "ReferenceProfile") -> None:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         lines = "".join(f"\n  - {problem}" for problem in problems)
         raise DataError(f"window {_named(window.paths)}: {count}{lines}")
+
+
+def sha256_of(files: Sequence[Path]) -> str:
+    """What a window is known by: the hash of its file, or of the hashes of its files."""
+    hashes = [sha256_of_file(path) for path in files]
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
 # -- several files -------------------------------------------------------------------------------
@@ -133,11 +139,6 @@ def _joined(tables: list[pa.Table], files: list[Path]) -> pa.Table:
         return pa.concat_tables(tables, promote_options="permissive")
     except pa.ArrowInvalid as error:
         raise DataError(f"The files of the window {_named(files)} differ: {error}") from error
-
-
-def _sha256(files: list[Path]) -> str:
-    hashes = [sha256_of_file(path) for path in files]
-    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
 def _named(paths: Sequence[Path]) -> str:

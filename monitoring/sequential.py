@@ -141,10 +141,10 @@ def log_e_values(detector: EDetector, values: NDArray[np.float64]) -> NDArray[np
 
 
 def _bets(mean: float, spread: float | None) -> list[float]:
-    """Bets on a rise of a score with this mean, all below 1 / mean so that no factor is 0."""
+    """Bets on a rise of a score with this mean, at most 3 / (4 mean): no factor comes near 0."""
     deviation = math.sqrt(mean * (1 - mean)) if spread is None else spread
-    largest = 0.75 / mean
-    return [min(share / max(deviation, 1e-6), largest) for share in _BETS]
+    unit = min(1 / max(deviation, 1e-6), 0.75 / (mean * max(_BETS)))
+    return [unit * share for share in _BETS]
 
 
 def _logs(log_sums: Sequence[float | None]) -> NDArray[np.float64]:

@@ -51,6 +51,14 @@ def _model(
             f"{profile.model_version}; score them with this run, or judge them by that model's"
         )
 
+    passes = metadata.get("num_mc_passes")
+    if None not in (passes, profile.num_mc_passes) and passes != profile.num_mc_passes:
+        yield (
+            f"rows were scored with {passes} Monte-Carlo passes, the reference with "
+            f"{profile.num_mc_passes}; score them with evaluation.num_mc_passes="
+            f"{profile.num_mc_passes}"
+        )
+
 
 def _columns(table: pa.Table, profile: "ReferenceProfile") -> Iterator[str]:
     kinds = {field.name: field.type for field in table.schema}

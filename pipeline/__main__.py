@@ -10,7 +10,18 @@ from pathlib import Path
 
 import typer
 
-from pipeline.commands import comparing, evaluating, launching, masks, preparing, training
+from pipeline.commands import (
+    comparing,
+    dashboards,
+    evaluating,
+    launching,
+    masks,
+    monitoring,
+    preparing,
+    retraining,
+    scoring,
+    training,
+)
 from pipeline.errors import LayoutError, MasklockError
 from pipeline.library_output import without_data_bars, without_waiting_lines
 
@@ -26,9 +37,16 @@ for command in (
     preparing.plan,
     training.train,
     evaluating.evaluate,
+    scoring.score,
     evaluating.report,
+    dashboards.dashboard,
     evaluating.card,
     comparing.compare,
+    retraining.retrain,
+    retraining.rows,
+    monitoring.monitor,
+    monitoring.alerts,
+    monitoring.replay,
     masks.mask,
     evaluating.export,
     training.verify_sync,
@@ -38,6 +56,7 @@ for command in (
 ):
     app.command(command.__name__.replace("_", "-"))(command)
 app.add_typer(launching.launch)
+app.add_typer(retraining.registry)
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ from pipeline.errors import InputError
 from pipeline.modality.bundle import MODALITIES
 from pipeline.model import check_weights, plan_for
 from pipeline.model_config import fit_to_tokenizer, model_config
+from pipeline.quantization import require_quantizer
 from pipeline.records import RunFolder
 from pipeline.tokenizer import load_tokenizer
 from pipeline.train import check_folder
@@ -35,6 +36,7 @@ def check(config: RunConfig) -> list[str]:
     names = raw.label_names if raw else None
     planned = _attempt(problems, lambda: plan_for(config, names))
     _attempt(problems, lambda: check_weights(config))
+    _attempt(problems, lambda: require_quantizer(config))
     notes = _attempt(problems, lambda: _tokenizer_notes(config)) if planned else None
     if problems:
         raise InputError("\n\n".join(problems))

@@ -13,7 +13,8 @@ MasklockError
 ├── LeakError               exit 1: randomness was drawn outside the plan
 ├── NonFiniteLossError      exit 1: stopped before the update
 ├── CheckpointError         exit 1: a checkpoint could not be written
-└── HistoryError            exit 1: the history of monitoring cannot be read or written
+├── HistoryError            exit 1: the history of monitoring cannot be read or written
+└── TrackingError           exit 1: Weights & Biases did not take what it was to keep
 """
 
 
@@ -91,3 +92,7 @@ class CheckpointError(MasklockError):
 
 class HistoryError(MasklockError):
     """The history of monitoring is damaged, or could not take a window; it holds what it held."""
+
+
+class TrackingError(MasklockError):
+    """Weights & Biases was asked for something that only it can do, and did not do it."""

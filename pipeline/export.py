@@ -1,4 +1,8 @@
-"""Writes a run's weights as one plain Hugging Face model, with an adapter merged into its base."""
+"""Writes a run's weights as one plain Hugging Face model, with an adapter merged into its base.
+
+A quantized base is turned back first: the exported model answers as the run's does, which the
+original weights would not.
+"""
 
 import os
 import shutil
@@ -27,7 +31,7 @@ def export(run: RunFolder, output: Path) -> Path:
     config = load_config(run.path)
     plan = DropoutPlan.read(run.plan)
     tokenizer = trained_tokenizer(run, config)
-    model: Any = trained_model(run, config, plan, tokenizer)
+    model: Any = trained_model(run, config, plan, tokenizer, dequantize=True)
     if config.peft is not None:
         model = model.merge_and_unload()
     unfinished = output.with_name(f".{output.name}.unfinished")

@@ -15,6 +15,13 @@ NAMESPACES = (
     "monitor",
 )
 
+UNCERTAINTIES = ("predictive_entropy", "expected_entropy", "mutual_information", "disagreement")
+OOD_SCORES = (
+    *("msp", "max_logit", "energy", "entropy", "surprise", "token_entropy", "mahalanobis", "knn"),
+    *("mc_msp", "mc_predictive_entropy", "mc_expected_entropy", "mc_mutual_information"),
+    *("mc_disagreement", "mc_surprise"),
+)
+
 TRAINING = {
     "train/loss": "mean loss since the last row, with this step's masks",
     "train/grad_norm": "norm of the gradients before clipping",
@@ -32,12 +39,27 @@ EVALUATION = {
     "uncertainty/*": "mean of a measure over the test rows",
     "ood/*/*_auroc": "how well a score tells a set of other rows from the test rows",
 }
+MONITORING = {
+    WINDOW: "the number of the window",
+    "monitor/num_alerts": "alerts that this window raised",
+    "drift/num_rows": "rows of the window",
+    "drift/num_drifted_columns": "columns that left the reference",
+    "drift/performance/*": "quality with labels, and its estimate without",
+    "drift/*/*": "of a column: mean, test statistics, p-values, effect size",
+    "uncertainty/*": "mean of a measure over the rows of the window",
+    "ood/*_mean": "mean of a score over the rows of the window",
+}
 CURVES = {
     "calibration/reliability": "accuracy by confidence, each way of predicting",
     "uncertainty/*_histogram": "a measure for right and wrong answers",
-    "ood/*/*_histogram": "a score for test rows and rows of a set",
+    "ood/best_score_histogram": "the best score for the test rows and each set of other rows",
+    "drift/*_histogram": "a column of a window beside the reference",
 }
-TABLES = {"uncertainty/most_uncertain": "the test rows whose answers deserve the least trust"}
+PICTURES = {"figures/*": "the charts of the report"}
+TABLES = {
+    "uncertainty/most_uncertain": "the test rows whose answers deserve the least trust",
+    "monitor/alerts": "the newest alerts",
+}
 
 
 def is_listed(key: str, *lists: dict[str, str]) -> bool:

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+from pipeline import quantization
 from pipeline.adapter import with_adapter
 from pipeline.blueprint import blueprint_of
 from pipeline.config.schema import RunConfig
@@ -74,13 +75,17 @@ def load_trained(
     label_names: Sequence[str] | None,
     plan: DropoutPlan,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    dequantize: bool = False,
 ) -> nn.Module:
     """The model that a run saved under `folder`: the adapter on its base, or the full weights.
+
+    Args:
+        dequantize: give a quantized base plain weights of the same values.
 
     Raises:
         ModelError: the folder lacks weights of this model.
     """
-    model = _trained_weights(folder, config, label_names, plan, tokenizer)
+    model = _trained_weights(folder, config, label_names, plan, tokenizer, dequantize)
     add_learned_rates(model, plan.in_force(), config.dropout.concrete)
     if (rates := learned_rates_of(model)) is not None:
         rates.load(folder)
@@ -93,6 +98,7 @@ def _trained_weights(
     label_names: Sequence[str] | None,
     plan: DropoutPlan,
     tokenizer: PreTrainedTokenizerBase | None,
+    dequantize: bool,
 ) -> nn.Module:
     hf_config = _planned_config(config, label_names, plan, tokenizer)
     if config.peft is None:
@@ -109,6 +115,8 @@ def _trained_weights(
     from peft import PeftModel
 
     base = _load_weights(config, hf_config, plan)
+    if dequantize:
+        base = quantization.dequantized(base)
     with without_old_names():
         try:
             return PeftModel.from_pretrained(base, str(folder))
@@ -162,7 +170,7 @@ def _load_weights(config: RunConfig, hf_config: PreTrainedConfig, plan: DropoutP
     except (OSError, ImportError, ValueError, SafetensorError) as error:
         raise ModelError(not_found("model", name, error)) from error
     _tell_new_weights(model, name, missing, mismatched)
-    return model
+    return quantization.with_frozen_weights(config, model)
 
 
 def _read_weights(
@@ -178,6 +186,7 @@ def _read_weights(
             ignore_mismatched_sizes=True,
             output_loading_info=True,
             **_load_options(config, hf_config, plan),
+            **quantization.load_options(config, hf_config),
         )
     mismatched = [
         f"{key} ({list(there)}, here {list(here)})" for key, there, here in found["mismatched_keys"]

@@ -1,11 +1,16 @@
-"""The whole flow on data found on any machine: train, evaluate, report."""
+"""The whole flow on data found on any machine: train, evaluate, profile, report."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pipeline.config.load import load_config
 from pipeline.errors import InputError
+from pipeline.exhibits import Exhibit
 from pipeline.records import RunFolder
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 QUICKSTARTS = {"language": CONFIGS / "language" / "quickstart.yaml"}
@@ -13,7 +18,8 @@ QUICKSTARTS = {"language": CONFIGS / "language" / "quickstart.yaml"}
 
 def quickstart(
     modality: str,
-    figures: Callable[[RunFolder], Mapping[str, Path]],
+    exhibits: Callable[[RunFolder], Mapping[str, Exhibit]],
+    keep_profile: Callable[[RunFolder, "pa.Table"], None],
     report: Callable[[RunFolder], Path],
     say: Callable[[str], None],
 ) -> Path:
@@ -21,7 +27,8 @@ def quickstart(
 
     Args:
         modality: one of QUICKSTARTS.
-        figures: draws an evaluated run for the trackers (monitoring is above this package).
+        exhibits: what trackers show of an evaluated run (monitoring is above this package).
+        keep_profile: writes the reference profile, from the scored rows of the test split.
         report: writes the report of a run folder.
         say: receives what the user should read.
     """
@@ -36,5 +43,5 @@ def quickstart(
     if code != 0:
         raise SystemExit(code)
     run = RunFolder(Path(config.output_dir) / config.name)
-    evaluate(run, config, say, figures)
+    evaluate(run, config, say, exhibits, keep_profile)
     return report(run)

@@ -74,6 +74,11 @@ class RunFolder:
         return self.path / "report.html"
 
     @property
+    def monitor_html(self) -> Path:
+        """What production did, one self-contained file."""
+        return self.path / "monitor.html"
+
+    @property
     def profile(self) -> Path:
         """The reference profile that production is compared with."""
         return self.path / "profile"

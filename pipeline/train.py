@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, TrainingArguments
 
-from pipeline import agreement, checkpoint, engines, parallel, zero
+from pipeline import agreement, checkpoint, engines, parallel, quantization, zero
 from pipeline.arguments import (
     check_launch,
     check_metric,
@@ -131,6 +131,7 @@ def guarded_arguments(config: RunConfig) -> TrainingArguments:
     engines.settle_environment(os.environ)
     settings = engines.Settings.of(os.environ)
     check_launch(config, settings, launch.world_size)
+    quantization.require_whole_weights(config, launch.engine, settings.deepspeed)
     devices = parallel.visible_devices(config.train.use_cpu)
     parallel.require_devices(parallel.local_world_size(), devices)
     args = training_arguments(config, str(Path(config.output_dir) / config.name), launch.world_size)

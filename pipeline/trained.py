@@ -30,10 +30,14 @@ def trained_label_names(run: RunFolder) -> LabelNames:
 
 
 def trained_model(
-    run: RunFolder, config: RunConfig, plan: DropoutPlan, tokenizer: PreTrainedTokenizerBase
+    run: RunFolder,
+    config: RunConfig,
+    plan: DropoutPlan,
+    tokenizer: PreTrainedTokenizerBase,
+    dequantize: bool = False,
 ) -> nn.Module:
-    """The model that the training saved, an adapter on its base."""
-    return load_trained(run.model, config, trained_label_names(run), plan, tokenizer)
+    """The model that the training saved, an adapter on its base (in plain weights, if asked)."""
+    return load_trained(run.model, config, trained_label_names(run), plan, tokenizer, dequantize)
 
 
 def model_version(run: RunFolder) -> str:

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.spatial.distance import pdist
 
+from monitoring.drift.permutations import permuted_members, share_at_least
 from monitoring.drift.statistics import TestResult
 
 FloatArray = NDArray[np.float64]
@@ -39,8 +40,9 @@ def mmd(
     )
     members = permuted_members(len(reference), len(window), num_permutations, seed)
     squares = mmd_of_members(kernel, members, len(reference))
-    p_value = (1 + int((squares[1:] >= squares[0]).sum())) / (1 + num_permutations)
-    return TestResult(float(squares[0]), p_value, float(np.sqrt(max(squares[0], 0.0))))
+    return TestResult(
+        float(squares[0]), share_at_least(squares), float(np.sqrt(max(squares[0], 0.0)))
+    )
 
 
 def median_distance(rows: NDArray[np.floating]) -> float:
@@ -62,20 +64,13 @@ def gaussian_kernel(rows: NDArray[np.floating], bandwidth: float) -> NDArray[np.
     return np.asarray(kernel)
 
 
-def permuted_members(n: int, m: int, num_permutations: int, seed: int) -> NDArray[np.float32]:
-    """0/1 columns [n + m, 1 + P] saying which rows count as reference; the first as observed."""
-    generator = np.random.Generator(np.random.Philox(seed))
-    rows = np.zeros((1 + num_permutations, n + m), dtype=np.float32)
-    rows[:, :n] = 1
-    generator.permuted(rows[1:], axis=1, out=rows[1:])
-    return np.ascontiguousarray(rows.T)
-
-
 def mmd_of_members(kernel: NDArray[np.float32], members: NDArray[np.float32], n: int) -> FloatArray:
     """MMD^2 [columns] of every division of the rows into n and the others."""
     m = len(kernel) - n
-    row_sums = kernel.sum(axis=1, dtype=np.float64)
-    inside = np.einsum("np,np->p", members, kernel @ members, dtype=np.float64)
+    columns = np.concatenate([members, np.ones((n + m, 1), dtype=np.float32)], axis=1)
+    product = kernel @ columns
+    row_sums = product[:, -1].astype(np.float64)
+    inside = (members * product[:, :-1]).sum(axis=0, dtype=np.float64)
     touching = row_sums @ members
     outside = row_sums.sum() - 2 * touching + inside
     between = touching - inside

@@ -1,5 +1,7 @@
 """A window against the profile: every column, the embedding, and the quality of the predictions."""
 
+from collections.abc import Mapping
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -10,6 +12,7 @@ from monitoring.drift.result import ColumnDrift, DriftSettings, Estimate, Window
 from monitoring.drift.verdict import adjust, judge_counts, judge_embeddings, judge_numeric
 from monitoring.profile import ReferenceProfile
 from monitoring.scored import Window
+from monitoring.summaries import OTHER
 
 FloatArray = NDArray[np.float64]
 
@@ -63,11 +66,22 @@ def _categorical_columns(
 ) -> list[ColumnDrift]:
     found = []
     for name, reference in profile.categories.items():
-        if window.has(name) and name not in settings.ignore:
-            names = window.labels() if name == columns.LABEL else _texts(window, name)
-            counts = category_counts(reference, (one for one in names if one is not None))
+        if not window.has(name) or name in settings.ignore:
+            continue
+        names = window.labels() if name == columns.LABEL else _texts(window, name)
+        counts = category_counts(reference, (one for one in names if one is not None))
+        if _hardly_repeats(reference):
+            note = "names that hardly repeat in the reference cannot be compared"
+            found.append(ColumnDrift(name, "categorical", int(counts[1].sum()), note=note))
+        else:
             found.append(judge_counts(name, *counts, settings))
     return found
+
+
+def _hardly_repeats(reference: Mapping[str, int]) -> bool:
+    """Whether names are like ids: those of any window would all be new."""
+    named = [count for name, count in reference.items() if name != OTHER]
+    return 2 * len(named) > sum(named)
 
 
 def _embedding(

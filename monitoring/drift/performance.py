@@ -128,26 +128,21 @@ def estimated_accuracy(
     "Confidence-based performance estimation" (nannyml.readthedocs.io, "How it works"): right as
     long as a confidence still means what it meant in the reference, whatever the mix of
     confidences; a change of that meaning needs labels. A bin's calibrated confidence is the
-    accuracy there of the reference, made monotone by isotonic regression, so that on the reference
-    the estimate is the accuracy. The interval holds the sampling of the window's rows
-    (Poisson-binomial) and of the reference's bins; it is cut at 0 and 1.
+    accuracy there of the reference, with one row more that is right as often as the middle of the
+    bin says, made monotone by isotonic regression: on the reference itself the estimate is nearly
+    the accuracy. The interval holds the sampling of the window's rows (Poisson-binomial) and of the
+    reference's bins; it is cut at 0 and 1. None without a reference.
     """
-    occupied = counts > 0
-    if not occupied.any():
+    if not counts.any():
         return None
-    accuracies = np.interp(
-        np.arange(len(counts)),
-        np.flatnonzero(occupied),
-        isotonic_regression(
-            reference_correct[occupied] / counts[occupied], weights=counts[occupied]
-        ).x,
-    )
+    middles, rows = (np.arange(len(counts)) + 0.5) / len(counts), counts + 1
+    accuracies = isotonic_regression((reference_correct + middles) / rows, weights=rows).x
     n = np.bincount(bin_of(confidence, len(counts)), minlength=len(counts))
     total = n.sum()
     estimate = float((n * accuracies).sum() / total)
-    variances = _variances(accuracies * counts, counts)
+    variances = _variances(accuracies * rows, rows)
     variance = (n * variances).sum() / total**2
-    variance += ((n / total) ** 2 * variances / np.maximum(counts, 1)).sum()
+    variance += ((n / total) ** 2 * variances / rows).sum()
     margin = float(stats.norm.ppf((1 + level) / 2) * np.sqrt(variance))
     reference = float(reference_correct.sum() / counts.sum())
     return Estimate(estimate, max(0.0, estimate - margin), min(1.0, estimate + margin), reference)

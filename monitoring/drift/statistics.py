@@ -13,11 +13,14 @@ from numpy.typing import NDArray
 from scipy import stats
 from scipy.spatial.distance import jensenshannon
 
+from monitoring.drift.permutations import permuted_members, share_at_least
+
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 
 _SMALLEST_EXPECTED = 5  # Cochran's rule for the chi2 approximation
 _NUM_TABLES = 4999
+_NUM_PERMUTATIONS = 999
 
 
 @dataclass(frozen=True)
@@ -55,17 +58,24 @@ def cramer_von_mises(reference: FloatArray, window: FloatArray) -> TestResult:
     """Anderson's two-sample T; effect: root mean square distance of the distribution functions.
 
     T = n m / (n + m)^2 * sum over the pooled rows of (F - G)^2 (Anderson, Annals of Mathematical
-    Statistics 1962), so the mean square is T (n + m) / (n m). Ties are put in a random order
-    (seeded): scipy's statistic is wrong with them, and so is any null distribution but this one's.
+    Statistics 1962), so the mean square is T (n + m) / (n m). Where rows are tied, its distribution
+    without change is another (and scipy's T is wrong): the p-value comes from permutations then.
     """
     n, m = len(reference), len(window)
-    order = np.random.Generator(np.random.Philox(0)).permutation(n + m)
-    ranks = np.empty(n + m)
-    ranks[order] = stats.rankdata(np.concatenate([reference, window])[order], method="ordinal")
-    found = stats.cramervonmises_2samp(ranks[:n], ranks[n:], method="asymptotic")
-    statistic = max(float(found.statistic), 0.0)
-    effect = float(np.sqrt(statistic * (n + m) / (n * m)))
-    return TestResult(statistic, float(found.pvalue), effect)
+    pooled = np.concatenate([reference, window])
+    num_tied = np.unique(pooled, return_counts=True)[1]
+    tied = len(num_tied) < n + m
+    members = permuted_members(n, m, _NUM_PERMUTATIONS if tied else 0, seed=0)
+    ends = num_tied.cumsum()
+    below = members[np.argsort(pooled)].cumsum(axis=0, dtype=np.float64)[ends - 1]
+    squares = (below / n - (ends[:, None] - below) / m) ** 2
+    mean_squares = num_tied @ squares / (n + m)
+    if tied:
+        p_value = share_at_least(mean_squares)
+    else:
+        p_value = float(stats.cramervonmises_2samp(reference, window, method="asymptotic").pvalue)
+    statistic = float(mean_squares[0]) * n * m / (n + m)
+    return TestResult(statistic, p_value, float(np.sqrt(mean_squares[0])))
 
 
 def tails(reference: FloatArray, window: FloatArray) -> TestResult:
@@ -92,8 +102,10 @@ def tails(reference: FloatArray, window: FloatArray) -> TestResult:
 def wasserstein(reference: FloatArray, window: FloatArray) -> TestResult:
     """Area between the distribution functions; effect: in standard deviations of all rows."""
     distance = float(stats.wasserstein_distance(reference, window))
-    spread = float(np.concatenate([reference, window]).std())
-    return TestResult(distance, None, distance / spread if spread > 0 else 0.0)
+    pooled = np.concatenate([reference, window])
+    scale = float(np.abs(pooled).max()) or 1.0  # squares of huge values would overflow
+    spread = float((pooled / scale).std())
+    return TestResult(distance, None, distance / scale / spread if spread > 0 else 0.0)
 
 
 def chi2(reference: IntArray, window: IntArray) -> TestResult:
@@ -108,7 +120,7 @@ def chi2(reference: IntArray, window: IntArray) -> TestResult:
         return TestResult(0.0, 1.0, 0.0)
     statistic, p_value, _, expected = stats.chi2_contingency(table, correction=False)
     if expected.min() < _SMALLEST_EXPECTED:
-        p_value = _p_value_of_margins(table, float(statistic))
+        p_value = _p_value_of_margins(table)
     effect = np.sqrt(statistic * (n + m) / (n * m))
     return TestResult(float(statistic), float(p_value), float(effect))
 
@@ -145,7 +157,7 @@ def _shares(counts: NDArray[np.generic]) -> FloatArray:
     return np.asarray(counts / counts.sum(), dtype=np.float64)
 
 
-def _p_value_of_margins(table: IntArray, statistic: float) -> float:
+def _p_value_of_margins(table: IntArray) -> float:
     """Share of tables with these margins that are at least as far from equal proportions.
 
     With the margins fixed chi2 = N^2 / (n m) sum_k w_k^2 / c_k - N m / n, c the pooled counts, so
@@ -154,6 +166,4 @@ def _p_value_of_margins(table: IntArray, statistic: float) -> float:
     pooled, size = table.sum(axis=0), int(table[1].sum())
     generator = np.random.Generator(np.random.Philox(0))
     drawn = generator.multivariate_hypergeometric(pooled, size, _NUM_TABLES, method="marginals")
-    sums = (drawn**2 / pooled).sum(axis=1)
-    observed = (table[1] ** 2 / pooled).sum()
-    return float((1 + (sums >= observed * (1 - 1e-12)).sum()) / (1 + _NUM_TABLES))
+    return share_at_least((np.concatenate([table[1:], drawn]) ** 2 / pooled).sum(axis=1))

@@ -21,10 +21,11 @@ def evaluate(run: Run, overrides: Overrides = None) -> None:
     with failing_together(functools.partial(typer.echo, err=True)):
         loaded = load(run, overrides)
         folder = folder_of(run, loaded)
+        from monitoring.profile import save_profile
         from pipeline.evaluation.stage import evaluate as stage
         from pipeline.parallel import read_launch
 
-        result = stage(folder, loaded, say, _shown)
+        result = stage(folder, loaded, say, _shown, save_profile)
         if read_launch().is_main:
             say(*result["verdict"], str(folder.report_json))
 
@@ -60,10 +61,11 @@ def quickstart(
     modality: Annotated[str, typer.Option(help="Which modality to show.")] = "language",
 ) -> None:
     """The whole flow on real data found on any machine: offline, CPU, a few minutes."""
+    from monitoring.profile import save_profile
     from monitoring.report import write_report
     from pipeline.quickstart import quickstart as stage
 
-    say(f"The report is {stage(modality, _shown, write_report, say)}")
+    say(f"The report is {stage(modality, _shown, save_profile, write_report, say)}")
 
 
 def _shown(folder: "RunFolder") -> "Mapping[str, Exhibit]":

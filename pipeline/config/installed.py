@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipeline.config.problems import nearest
+from pipeline.config.quantization import quantization_problems
 from pipeline.config.schema import PeftConfig, RunConfig, TrainConfig
 from pipeline.config.strict_yaml import KeyPath, dotted
 
@@ -70,8 +71,11 @@ def installed_problems(config: RunConfig) -> list[str]:
 
 def problems_in(data: Mapping[str, Any]) -> list[Problem]:
     """The same for plain data, which may have other problems too, with the place apart."""
-    train, peft = data.get("train"), data.get("peft")
+    train, peft, model = data.get("train"), data.get("peft"), data.get("model")
     problems = _train_problems(train) if isinstance(train, Mapping) else []
+    quantization = model.get("quantization_config") if isinstance(model, Mapping) else None
+    if isinstance(quantization, Mapping):
+        problems += quantization_problems(quantization)
     return problems + (_peft_problems(peft) if isinstance(peft, Mapping) else [])
 
 

@@ -12,6 +12,9 @@ from pydantic import Field, field_validator, model_validator
 from pipeline.config.roles import PositiveInt, Section
 
 Severity = Literal["info", "warning", "critical"]
+Effect = Literal[
+    "ks", "cramer_von_mises", "tails", "wasserstein", "chi2", "psi", "jensen_shannon", "mmd"
+]
 NumericTest = Literal["ks", "cramer_von_mises", "chi2", "tails"]
 SEVERITIES: tuple[Severity, ...] = ("info", "warning", "critical")
 Share = Annotated[float, Field(gt=0, lt=1)]
@@ -30,7 +33,7 @@ class DriftConfig(Section):
     """The tests that decide for columns of numbers, corrected for their number; the others are reported beside them."""
     categorical_test: Literal["chi2"] = "chi2"
     """The test that decides for columns of names."""
-    min_effects: dict[str, Annotated[float, Field(ge=0)]] = {}
+    min_effects: dict[Effect, Annotated[float, Field(ge=0)]] = {}
     """Smallest effect size by test that counts as drift, however small the p-value, such as `{ks: 0.1}`."""
     ignore: list[str] = []
     """Columns that change by nature and are not compared, such as a time."""
@@ -206,6 +209,11 @@ class WebhookConfig(SinkConfig):
             ipaddress.ip_network(network)
         return networks
 
+    @property
+    def hosts(self) -> list[str]:
+        """The hosts it may have."""
+        return self.allowed_hosts or [str(urlsplit(self.url or "").hostname)]
+
     @model_validator(mode="after")
     def _address(self) -> "WebhookConfig":
         problems = []
@@ -217,8 +225,8 @@ class WebhookConfig(SinkConfig):
             parts = urlsplit(self.url)
             if parts.scheme != "https" or not parts.hostname:
                 problems.append("url must be an https address")
-            elif parts.username or parts.password:
-                problems.append("url must hold no login; use url_env or secret_env")
+            elif parts.username or parts.password or parts.query:
+                problems.append("url must hold no login and no query: use url_env for secret ones")
             elif self.allowed_hosts and parts.hostname not in self.allowed_hosts:
                 problems.append(f"the host {parts.hostname} of url is not among allowed_hosts")
         if problems:

@@ -40,6 +40,8 @@ class ModelConfig(Section):
     """`eager`, `sdpa`, `flash_attention_2`, ...; by default eager where attention dropout is live, else the model's own."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Data type the weights are loaded in."""
+    quantization_config: dict[str, Any] | None = None
+    """Quantize pretrained weights under an adapter (QLoRA): `{quant_method: bitsandbytes, load_in_4bit: true, ...}`, the fields of the installed transformers' class; needs a peft section."""
 
     @model_validator(mode="after")
     def _one_origin(self) -> "ModelConfig":
@@ -289,6 +291,8 @@ class WandbConfig(Section):
     project: str = "masklock"
     entity: str | None = None
     tags: list[str] = []
+    share_rows: bool = True
+    """Whether rows go along: the table of the most uncertain ones, report.html, the profile."""
     timeout_seconds: Annotated[float, Field(gt=0)] = 60.0
     """How long the end of a stage waits for an answer before it goes on without Weights & Biases."""
 
@@ -318,6 +322,16 @@ class RunConfig(Section):
         if self.peft is not None and self.model.model_type is not None:
             problems.append(
                 "peft adapts pretrained weights: with model.model_type (from scratch) leave peft out"
+            )
+        if self.model.quantization_config is not None and self.model.model_type is not None:
+            problems.append(
+                "model.quantization_config quantizes pretrained weights: with model.model_type (from "
+                "scratch) leave it out"
+            )
+        elif self.model.quantization_config is not None and self.peft is None:
+            problems.append(
+                "model.quantization_config needs a peft section: quantized weights are not trained, "
+                "an adapter on them is"
             )
         if self.dropout.adapter is not None and self.peft is None:
             problems.append("dropout.adapter needs a peft section")

@@ -4,8 +4,9 @@ It draws by the kernels alone, so it also checks what a training or an evaluatio
 """
 
 import difflib
+import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -50,6 +51,8 @@ def mask_of_run(
     """
     plan = DropoutPlan.read(run.plan)
     found = _find(plan, site)
+    if domain is not None:
+        _require_domain(plan, domain)
     rate = _rate(plan, found, index, purpose, domain)
     if found.learned:
         rate = _learned_rate(run, found, purpose)
@@ -57,6 +60,7 @@ def mask_of_run(
     keep = _keep(found, key, sample, rate)
     return {
         **_coordinates(found, seed, purpose, index, sample),
+        **({"domain": domain} if plan.domains else {}),
         "rate": rate,
         "key": f"{key:016x}",
         "threshold": threshold(rate),
@@ -64,6 +68,22 @@ def mask_of_run(
         "keep": keep.int().tolist(),
         "kept": int(keep.sum()),
     }
+
+
+def masks_digest(run: RunFolder, seed: int, num_passes: int, samples: Iterable[int]) -> str:
+    """sha256 over the masks of all Monte-Carlo passes for these samples, site by site.
+
+    Like `mask_of_run`, for the positions of the traced shape.
+    """
+    plan, digest = DropoutPlan.read(run.plan), hashlib.sha256()
+    ids = list(samples)
+    for site in plan.in_passes():
+        rate = _learned_rate(run, site, "mc") if site.learned else _rate(plan, site, 0, "mc", None)
+        for index in range(num_passes):
+            key = derive_key(seed, "mc", index, site.variant, site.site, site.call)
+            for sample in ids:
+                digest.update(_keep(site, key, sample, rate).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _find(plan: DropoutPlan, name: str) -> Site:
@@ -79,6 +99,15 @@ def _find(plan: DropoutPlan, name: str) -> Site:
         calls = ", ".join(f"{s.label} ({s.role})" for s in found)
         raise DropoutError(f"The site {name!r} draws more than once: {calls}. Name one of them.")
     return found[0]
+
+
+def _require_domain(plan: DropoutPlan, domain: str) -> None:
+    if domain not in plan.domains:
+        known = ", ".join(plan.domains) or "none at all"
+        raise DropoutError(
+            f"No rates of the data domain {domain!r} are in this run's plan; it has those of "
+            f"{known}. Leave the domain out for a row of any other one."
+        )
 
 
 def _coordinates(site: Site, seed: int, purpose: str, index: int, sample: int) -> Mapping[str, Any]:

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.config.schema import EvaluationConfig, RunConfig
+from pipeline.evaluation.batches import Batches
 from pipeline.evaluation.calibration import (
     apply_temperature,
     calibration_summary,
@@ -32,13 +33,18 @@ ENTROPIES = ("predictive_entropy", "expected_entropy", "mutual_information")
 ECE_CHANGE = "mc_minus_deterministic/ece"
 
 
-def scores_of(prediction: Prediction, detectors: Mapping[str, FeatureDetector]) -> Scores:
-    """Every OOD score of every row, each [N]; higher = more out-of-distribution."""
+def scores_of(
+    prediction: Prediction, detectors: Mapping[str, FeatureDetector], batches: Batches
+) -> Scores:
+    """Every OOD score of every row, each [N]; higher = more out-of-distribution.
+
+    `batches` are the places of rows that ran together.
+    """
     if isinstance(prediction, ClassPrediction):
         sources = {"logits": prediction.logits, "monte_carlo": prediction.monte_carlo}
     else:
         sources = {"tokens": prediction.plain, "monte_carlo_tokens": prediction.monte_carlo}
-    return score_rows({**sources, "features": prediction.features}, detectors)
+    return score_rows({**sources, "features": prediction.features}, detectors, batches)
 
 
 def ood_section(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline import parallel
+from pipeline.evaluation.batches import Batches, by_length
 from pipeline.evaluation.forward import FeatureTap, kept_outputs, logits_of
 from pipeline.evaluation.mc_dropout import MonteCarlo
 from pipeline.evaluation.token_uncertainty import SampleUncertainty, TokenSums, TokenUncertainty
@@ -82,15 +83,24 @@ class Predictor:
         self.clock = Clock()
         self.device = next(model.parameters()).device
 
-    def predict(self, rows: "Dataset") -> Any:
-        """Predictions for all rows, in their order, on the main process.
+    def batches_of(self, rows: "Dataset") -> Batches:
+        """Which rows run together."""
+        return by_length([len(ids) for ids in rows["input_ids"][:]], self.batch_size)
+
+    def predict(self, rows: "Dataset", batches: Batches | None = None) -> Any:
+        """Predictions on the main process.
+
+        Args:
+            rows: prepared rows.
+            batches: which of them run together, and which at all; by default all.
 
         Returns:
-            ClassPrediction or TokenPrediction; None on the other processes.
+            ClassPrediction or TokenPrediction, in the order of the rows; None on the other
+            processes.
         """
         one_batch = self._classes if self.has_classes else self._tokens
         parts, order = [], []
-        for places, batch in self._batches(rows):
+        for places, batch in self._batches(rows, batches):
             parts.append(one_batch(batch))
             order.extend(places)
         found = parallel.to_main((_joined(parts), order) if parts else None)
@@ -124,13 +134,12 @@ class Predictor:
             max(clock.seconds for clock in clocks),
         )
 
-    def _batches(self, rows: "Dataset") -> Iterator[tuple[list[int], dict[str, Tensor]]]:
-        lengths = [len(ids) for ids in rows["input_ids"][:]]
-        by_length = sorted(range(len(lengths)), key=lambda place: -lengths[place])
+    def _batches(
+        self, rows: "Dataset", batches: Batches | None = None
+    ) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
+        every = self.batches_of(rows) if batches is None else batches
         # Whole batches, not rows, are shared out: each has the shape that one process would run.
-        first, step = parallel.rank() * self.batch_size, parallel.world_size() * self.batch_size
-        for start in range(first, len(by_length), step):
-            places = by_length[start : start + self.batch_size]
+        for places in every[parallel.rank() :: parallel.world_size()]:
             batch = self.collate([rows[place] for place in places])
             yield places, {name: value.to(self.device) for name, value in batch.items()}
 
@@ -237,6 +246,7 @@ def _joined(parts: list[Any]) -> Any:
 
 def _in_order(prediction: Any, order: list[int]) -> Any:
     back = _inverse(order)
+    order = back.argsort().tolist()  # places among the rows that ran, without gaps
 
     def sort(value: Any) -> Any:
         if isinstance(value, Tensor):

@@ -1,63 +1,200 @@
-"""The samples table: one row a sample, with its prediction, uncertainty and every OOD score."""
+"""One row a sample: prediction, uncertainty, every OOD score, and what a replay needs.
 
+Scored rows hold everything; samples.parquet of an evaluation a part of it that stays small.
+"""
+
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
+from pipeline.config.schema import RunConfig
+from pipeline.evaluation.batches import Batches, batch_keys
+from pipeline.evaluation.calibration import apply_temperature
 from pipeline.evaluation.judge import ENTROPIES, Prediction, Scores
+from pipeline.evaluation.ood.registry import CLASS_SOURCES, SCORES, TOKEN_SOURCES
 from pipeline.evaluation.predict import ClassPrediction, TokenPrediction
 from pipeline.modality.bundle import LabelNames
+from pipeline.records import write_bytes
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
 
+SCORED_SCHEMA = "masklock-scored-v1"
+METADATA_KEY = b"masklock"
 EXCERPT_CHARACTERS = 500
+COLUMNS = ("sample_id", "batch_key", "text", "num_tokens", "unknown_token_share", "embedding")
+CLASS_COLUMNS = (
+    *("label", "prediction", "correct", "label_log_probability", "disagreement"),
+    *("confidence", "deterministic_confidence", "calibrated_confidence"),
+)
+TOKEN_COLUMNS = ("input_ids", "log_probability", "perplexity", "deterministic_perplexity")
+_NOT_IN_SAMPLES = ("batch_key", "input_ids", "embedding")
+_TINY = np.finfo(np.float64).tiny  # stands for a probability of exactly 0: log = -708.4
 
 
-def samples_table(
-    split: str, prediction: Prediction, rows: "Dataset", scores: Scores, label_names: LabelNames
+@dataclass(frozen=True)
+class Origin:
+    """What scored rows come from, the same for all of them."""
+
+    label_names: LabelNames
+    temperature: float | None
+    unknown_token: int | None
+    """Its id, for tokenizers that have one."""
+
+
+def unknown_token(tokenizer: "PreTrainedTokenizerBase") -> int | None:
+    """The token that stands for what the vocabulary lacks.
+
+    Byte-level tokenizers lack nothing; some of them call their end token so.
+    """
+    found: int | None = tokenizer.unk_token_id
+    ends = (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id)
+    return None if found in ends else found
+
+
+def scored_table(
+    prediction: Prediction, rows: "Dataset", batches: Batches, scores: Scores, origin: Origin
 ) -> pa.Table:
-    """The rows of one split: `test`, or `ood:<name>`."""
-    columns: dict[str, Any] = {
-        "sample_id": prediction.sample_ids.tolist(),
-        "split": [split] * len(prediction.sample_ids),
-        "text": [text[:EXCERPT_CHARACTERS] for text in rows["text"][:]],
+    """One row for each prepared row, in their order.
+
+    Args:
+        prediction: of these rows.
+        rows: prepared.
+        batches: places of rows that ran together.
+        scores: every OOD score, each [N].
+        origin: the model they come from.
+    """
+    ids, tokens = prediction.sample_ids.tolist(), rows["input_ids"][:]
+    columns = {
+        "sample_id": pa.array(ids, pa.int64()),
+        "batch_key": pa.array(batch_keys(ids, batches), pa.int64()),
+        "text": pa.array(rows["text"][:], pa.string()),
+        "num_tokens": pa.array([len(row) for row in tokens], pa.int64()),
+        "unknown_token_share": pa.array(_unknown_shares(tokens, origin.unknown_token)),
     }
     if isinstance(prediction, ClassPrediction):
-        assert label_names is not None
-        columns |= _class_columns(prediction, label_names)
+        columns |= _class_columns(prediction, origin)
     else:
         columns |= _token_columns(prediction)
-    return pa.table(columns | scores)
+        columns["input_ids"] = pa.array(tokens, pa.list_(pa.int32()))
+    columns |= {name: pa.array(values, pa.float64()) for name, values in scores.items()}
+    columns["embedding"] = _lists(prediction.features.numpy())
+    return pa.table(columns)
 
 
-def joined(tables: list[pa.Table]) -> pa.Table:
-    """All splits; a split without labels has columns of nulls, which take the others' types."""
-    return pa.concat_tables(tables, promote_options="default")
+def scored_names(has_classes: bool) -> set[str]:
+    """Columns of scored rows, before there are any."""
+    columns = CLASS_COLUMNS if has_classes else TOKEN_COLUMNS
+    sources = CLASS_SOURCES if has_classes else TOKEN_SOURCES
+    scores = {name for name, score in SCORES.items() if sources & set(score.sources)}
+    return {*COLUMNS, *columns, *ENTROPIES, *scores}
 
 
-def _class_columns(prediction: ClassPrediction, names: tuple[str, ...]) -> dict[str, Any]:
-    passes, labels = prediction.monte_carlo, prediction.labels.tolist()
-    predicted = passes.prediction.tolist()
+def samples_of(split: str, scored: pa.Table) -> pa.Table:
+    """The rows of one split of samples.parquet: `test`, or `ood:<name>`."""
+    table = scored.drop_columns([n for n in _NOT_IN_SAMPLES if n in scored.column_names])
+    place = table.column_names.index("text")
+    excerpt = pc.utf8_slice_codeunits(table["text"], 0, EXCERPT_CHARACTERS)
+    table = table.set_column(place, "text", excerpt)
+    return table.add_column(1, "split", pa.array([split] * len(table), pa.string()))
+
+
+def with_carried(scored: pa.Table, carried: pa.Table | None) -> pa.Table:
+    """Scored rows beside the user's own columns of the same rows."""
+    if carried is not None:
+        for name in carried.column_names:
+            scored = scored.append_column(name, carried[name])
+    return scored
+
+
+def with_metadata(table: pa.Table, about: Mapping[str, Any]) -> pa.Table:
+    """The table, saying how it was scored."""
+    return table.replace_schema_metadata(
+        {METADATA_KEY: json.dumps({"schema": SCORED_SCHEMA, **about})}
+    )
+
+
+def scoring_facts(
+    config: RunConfig,
+    model_version: str,
+    plan_digest: str,
+    label_names: LabelNames,
+    carried: Sequence[str],
+) -> dict[str, Any]:
+    """What with the rows decides every number of a scored table."""
     return {
-        "label": [names[label] if label >= 0 else None for label in labels],
-        "prediction": [names[number] for number in predicted],
-        "correct": [
-            number == label if label >= 0 else None
-            for number, label in zip(predicted, labels, strict=True)
-        ],
-        "confidence": passes.confidence.tolist(),
-        "deterministic_confidence": prediction.plain.confidence.tolist(),
-        **{name: getattr(passes, name).tolist() for name in (*ENTROPIES, "disagreement")},
+        "run": config.name,
+        "task": config.model.task,
+        "model_version": model_version,
+        "plan_digest": plan_digest,
+        "seed": config.seed,
+        "num_mc_passes": config.evaluation.num_mc_passes,
+        "batch_size": config.evaluation.batch_size,
+        "label_names": label_names,
+        "carried": list(carried),
+    }
+
+
+def write_table(path: Path, table: pa.Table) -> None:
+    """Write parquet, the whole file or nothing."""
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer)
+    write_bytes(path, buffer.getvalue())
+
+
+def _class_columns(prediction: ClassPrediction, origin: Origin) -> dict[str, Any]:
+    names, passes, labels = origin.label_names, prediction.monte_carlo, prediction.labels.tolist()
+    assert names is not None
+    assert origin.temperature is not None
+    predicted, mean_NC = passes.prediction.tolist(), passes.mean_probabilities.numpy()
+    calibrated = apply_temperature(mean_NC, origin.temperature).max(axis=1)
+    right = [
+        number == label if label >= 0 else None
+        for number, label in zip(predicted, labels, strict=True)
+    ]
+    likely = [
+        float(np.log(max(mean_NC[row, label], _TINY))) if label >= 0 else None
+        for row, label in enumerate(labels)
+    ]
+    return {
+        "label": pa.array([names[label] if label >= 0 else None for label in labels], pa.string()),
+        "prediction": pa.array([names[number] for number in predicted], pa.string()),
+        "correct": pa.array(right, pa.bool_()),
+        "label_log_probability": pa.array(likely, pa.float64()),
+        "confidence": pa.array(passes.confidence.numpy()),
+        "deterministic_confidence": pa.array(prediction.plain.confidence.numpy()),
+        "calibrated_confidence": pa.array(calibrated),
+        **{n: pa.array(getattr(passes, n).numpy()) for n in (*ENTROPIES, "disagreement")},
     }
 
 
 def _token_columns(prediction: TokenPrediction) -> dict[str, Any]:
     passes = prediction.monte_carlo
     return {
-        "num_tokens": passes.num_tokens.tolist(),
-        "log_probability": passes.log_probability.tolist(),
-        "perplexity": passes.perplexity.tolist(),
-        "deterministic_perplexity": prediction.plain.perplexity.tolist(),
-        **{name: getattr(passes, name).tolist() for name in ENTROPIES},
+        "num_tokens": pa.array(passes.num_tokens.numpy()),
+        "log_probability": pa.array(passes.log_probability.numpy()),
+        "perplexity": pa.array(passes.perplexity.numpy()),
+        "deterministic_perplexity": pa.array(prediction.plain.perplexity.numpy()),
+        **{name: pa.array(getattr(passes, name).numpy()) for name in ENTROPIES},
     }
+
+
+def _unknown_shares(tokens: Sequence[Sequence[int]], unknown: int | None) -> list[float]:
+    if unknown is None:
+        return [0.0] * len(tokens)
+    return [list(row).count(unknown) / len(row) for row in tokens]
+
+
+def _lists(values: np.ndarray) -> pa.Array:
+    """[N, D] as N lists."""
+    offsets = np.arange(0, values.size + 1, values.shape[1], dtype=np.int32)
+    return pa.ListArray.from_arrays(offsets, pa.array(values.reshape(-1), pa.float32()))

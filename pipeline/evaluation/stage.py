@@ -4,50 +4,56 @@ Several processes (torchrun, `accelerate launch`) share out the batches; the mai
 writes, and the files are those of one process.
 """
 
-import io
 import platform
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from torch import Tensor
 
-from pipeline import agreement, engines, parallel
-from pipeline.config.load import config_diff, load_config
+from pipeline import agreement, parallel
 from pipeline.config.schema import RunConfig
-from pipeline.data import PreparedData, load_raw, prepare_data
-from pipeline.dropout.context import KeyedDropout
+from pipeline.data import PreparedData, RawData, load_raw, prepare_data
 from pipeline.dropout.kernels import active_kernel
 from pipeline.dropout.plan import DropoutPlan
-from pipeline.errors import ConfigError, DataError, RunFolderError
+from pipeline.errors import DataError
 from pipeline.evaluation import judge
-from pipeline.evaluation.mc_dropout import MonteCarlo
+from pipeline.evaluation.fitted import Fitted, write_fitted
+from pipeline.evaluation.inputs import carried_columns
 from pipeline.evaluation.ood.registry import FeatureDetector, fit_detectors
+from pipeline.evaluation.opening import open_predictor, processes, read_plan
 from pipeline.evaluation.predict import Clock, Predictor
-from pipeline.evaluation.samples import joined, samples_table
+from pipeline.evaluation.samples import (
+    Origin,
+    samples_of,
+    scored_table,
+    scoring_facts,
+    unknown_token,
+    with_carried,
+    with_metadata,
+    write_table,
+)
 from pipeline.evaluation.verdict import verdict
-from pipeline.modality.bundle import MODALITIES, chosen
-from pipeline.records import RunFolder, read_jsonl, write_bytes, write_json
-from pipeline.tracking import Picture, open_tracker
-from pipeline.trained import require_same_labels, trained_model, trained_tokenizer
+from pipeline.exhibits import Exhibit, Table
+from pipeline.modality.bundle import chosen
+from pipeline.records import RunFolder, read_jsonl, write_json
+from pipeline.tracking import open_tracker
+from pipeline.trained import model_version, require_same_labels, trained_tokenizer
 
 Say = Callable[[str], None]
-Figures = Callable[[RunFolder], Mapping[str, Path]]
-
-# What a run's saved weights and plan have settled; only how they are run may still be changed.
-_SETTLED = ("model.", "peft", "dropout.")
-_OPEN = ("model.attn_implementation", "model.dtype", "model.trust_remote_code", "dropout.strict")
+Exhibits = Callable[[RunFolder], Mapping[str, Exhibit]]
+KeepProfile = Callable[[RunFolder, pa.Table], None]
 
 
 def evaluate(
     run: RunFolder,
     config: RunConfig,
     say: Say = lambda sentence: None,
-    figures: Figures = lambda run: {},
+    exhibits: Exhibits = lambda run: {},
+    keep_profile: KeepProfile = lambda run, scored: None,
 ) -> dict[str, Any]:
     """Evaluate a trained run.
 
@@ -55,34 +61,37 @@ def evaluate(
         run: its folder; it must hold `model/` and `plan.json`.
         config: its configuration; `evaluation:` and `data:` may differ from the training's.
         say: receives the few sentences a user should read.
-        figures: draws the evaluated run for the trackers: PNG files by name.
+        exhibits: what trackers show of the evaluated run, by name, once its files are written.
+        keep_profile: is given the scored rows of the test split, the reference of production.
 
     Returns:
         The report, as written to `evaluation/report.json`; the same on every process.
     """
-    launch = parallel.read_launch()
-    devices = parallel.visible_devices(config.train.use_cpu)
-    parallel.require_devices(parallel.local_world_size(), devices)
-    with parallel.exchanging(launch):
-        is_main = parallel.is_main()
-        return _evaluate(run, config, say if is_main else _keep_quiet, figures)
+    with processes(config):
+        speak = say if parallel.is_main() else _keep_quiet
+        return _evaluate(run, config, speak, exhibits, keep_profile)
 
 
-def _evaluate(run: RunFolder, config: RunConfig, say: Say, figures: Figures) -> dict[str, Any]:
-    plan = _read_plan(run, config)
+def _evaluate(
+    run: RunFolder, config: RunConfig, say: Say, exhibits: Exhibits, keep_profile: KeepProfile
+) -> dict[str, Any]:
+    plan = read_plan(run, config)
     agreement.agree(agreement.start_facts(config))
-    data, predictor = _load(run, config, plan)
-    fit_rows = _rows_to_fit(data, config)
-    _agree_on_masks(predictor, data)
-    predictions = _predict(predictor, data, say)
-    to_fit, clock = predictor.features(fit_rows), predictor.slowest_clock()
+    opened = _open(run, config, plan)
+    fit_rows = _rows_to_fit(opened.data, config)
+    _agree_on_masks(opened.predictor, opened.data)
+    predictions = _predict(opened.predictor, opened.data, say)
+    to_fit, clock = opened.predictor.features(fit_rows), opened.predictor.slowest_clock()
     report = None
     if parallel.is_main():
-        detectors = _fit(to_fit, predictor.has_classes, config)
-        scores = {split: judge.scores_of(part, detectors) for split, part in predictions.items()}
-        report = _report(config, data, predictor, clock, predictions, scores)
-        _write(run, report, _samples(data, predictions, scores))
-        say(_track(run, config, report, figures(run)))
+        detectors = _fit(to_fit, opened.predictor.has_classes, config)
+        scores = _scores(opened, predictions, detectors)
+        report = _report(config, opened.data, opened.predictor, clock, predictions, scores)
+        fitted = Fitted(model_version(run), detectors, report["calibration"].get("temperature"))
+        scored = _scored(opened, predictions, scores, fitted)
+        _write(run, report, scored, fitted)
+        keep_profile(run, _reference(scored["test"], opened, config, plan, fitted))
+        say(_track(run, config, report, exhibits(run)))
     return dict(parallel.from_main(report))
 
 
@@ -98,41 +107,21 @@ def _agree_on_masks(predictor: Predictor, data: PreparedData) -> None:
 # -- what there is to evaluate -------------------------------------------------------------------
 
 
-def _read_plan(run: RunFolder, config: RunConfig) -> DropoutPlan:
-    if not run.plan.is_file() or not run.model.is_dir():
-        raise RunFolderError(
-            f"{run.path} was to hold a trained model, but {run.plan.name} or {run.model.name}/ is "
-            f"missing: its training has not finished. Train it first: `masklock train {run.path}`."
-        )
-    if run.config.is_file():
-        differences = config_diff(load_config(run.path), config)
-        settled = [d for d in differences if d.startswith(_SETTLED) and not d.startswith(_OPEN)]
-        if settled:
-            raise ConfigError(
-                [f"{one}: settled by the training" for one in settled],
-                f"evaluation of {run.path} (leave these as they were, or train another run)",
-            )
-    return DropoutPlan.read(run.plan)
+@dataclass(frozen=True)
+class _Opened:
+    raw: RawData
+    data: PreparedData
+    tokenizer: Any
+    predictor: Predictor
 
 
-def _load(run: RunFolder, config: RunConfig, plan: DropoutPlan) -> tuple[PreparedData, Predictor]:
+def _open(run: RunFolder, config: RunConfig, plan: DropoutPlan) -> _Opened:
     tokenizer = trained_tokenizer(run, config)
     with parallel.main_first():
-        data = prepare_data(config, load_raw(config), tokenizer)
+        raw = load_raw(config)
+        data = prepare_data(config, raw, tokenizer)
     require_same_labels(run, data)
-    with engines.unsharded():
-        model = trained_model(run, config, plan, tokenizer)
-    model.to(parallel.own_device(config.train.use_cpu))
-    keyed = KeyedDropout(model, plan, config.seed)
-    passes = config.evaluation.num_mc_passes
-    predictor = Predictor(
-        model,
-        MODALITIES[config.model.task].collator(tokenizer, config),
-        MonteCarlo(keyed, passes, strict=config.dropout.strict),
-        batch_size=config.evaluation.batch_size,
-        has_classes=data.label_names is not None,
-    )
-    return data, predictor
+    return _Opened(raw, data, tokenizer, open_predictor(run, config, plan, tokenizer))
 
 
 def _rows_to_fit(data: PreparedData, config: RunConfig) -> Any:
@@ -175,6 +164,17 @@ def _fit(
         labels if has_classes else None,
         num_neighbours=config.evaluation.knn_neighbours,
     )
+
+
+def _scores(
+    opened: _Opened,
+    predictions: Mapping[str, judge.Prediction],
+    detectors: Mapping[str, FeatureDetector],
+) -> dict[str, judge.Scores]:
+    return {
+        split: judge.scores_of(predictions[split], detectors, opened.predictor.batches_of(rows))
+        for split, rows in _reported(opened.data).items()
+    }
 
 
 # -- the report ----------------------------------------------------------------------------------
@@ -226,41 +226,65 @@ def versions() -> dict[str, str]:
     )
 
 
-def _samples(
-    data: PreparedData,
+# -- scored rows ---------------------------------------------------------------------------------
+
+
+def _scored(
+    opened: _Opened,
     predictions: Mapping[str, judge.Prediction],
     scores: Mapping[str, judge.Scores],
+    fitted: Fitted,
+) -> dict[str, pa.Table]:
+    """Scored rows of every split that is reported."""
+    unknown = unknown_token(opened.tokenizer)
+    origin = Origin(opened.data.label_names, fitted.temperature, unknown)
+    return {
+        split: scored_table(
+            predictions[split], rows, opened.predictor.batches_of(rows), scores[split], origin
+        )
+        for split, rows in _reported(opened.data).items()
+    }
+
+
+def _reference(
+    scored: pa.Table, opened: _Opened, config: RunConfig, plan: DropoutPlan, fitted: Fitted
 ) -> pa.Table:
-    return joined(
-        [
-            samples_table(split, predictions[split], rows, scores[split], data.label_names)
-            for split, rows in _reported(data).items()
-        ]
-    )
+    """The test rows as `masklock score` would have scored them, with the user's own columns."""
+    places = opened.data.test["sample_id"][:] if opened.predictor.has_classes else None
+    carried = carried_columns(opened.raw.test, config, places=places, taken=scored.column_names)
+    names = [] if carried is None else carried.column_names
+    facts = scoring_facts(config, fitted.model_version, plan.digest, opened.data.label_names, names)
+    return with_metadata(with_carried(scored, carried), facts)
 
 
 # -- writing -------------------------------------------------------------------------------------
 
 
-def _write(run: RunFolder, report: dict[str, Any], table: pa.Table) -> None:
-    run.evaluation.mkdir(parents=True, exist_ok=True)
-    buffer = io.BytesIO()
-    pq.write_table(table, buffer)
-    write_bytes(run.samples, buffer.getvalue())
+def _write(
+    run: RunFolder, report: dict[str, Any], scored: Mapping[str, pa.Table], fitted: Fitted
+) -> None:
+    samples = [samples_of(split, table) for split, table in scored.items()]
+    write_table(run.samples, pa.concat_tables(samples))
+    write_fitted(run, fitted)
     write_json(run.report_json, report)
 
 
 def _track(
-    run: RunFolder, config: RunConfig, report: Mapping[str, Any], pictures: Mapping[str, Path]
+    run: RunFolder, config: RunConfig, report: Mapping[str, Any], shown: Mapping[str, Exhibit]
 ) -> str:
-    """The headline numbers and pictures, at the last step of the training."""
+    """Headline numbers and exhibits, at the last step of the training; profile and report."""
     steps = [row["step"] for row in read_jsonl(run.metrics)] if run.metrics.is_file() else []
     numbers = headline_numbers(report)
     tracker = open_tracker(config, run, is_main=True)
     tracker.start(config.model_dump(mode="json"), config.name)
     tracker.log(numbers, max(steps, default=0))
-    for name, png in pictures.items():
-        tracker.show(name, Picture(png))
+    share_rows = config.wandb.share_rows
+    for name, exhibit in shown.items():
+        if share_rows or not isinstance(exhibit, Table):
+            tracker.show(name, exhibit)
+    for kind, path in {"profile": run.profile, "report": run.report_html}.items():
+        if share_rows and path.exists():
+            tracker.artifact(kind, path)
     tracker.summary(numbers)
     return tracker.finish()
 

@@ -5,14 +5,17 @@ fail in any way without changing a training.
 """
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
-from pipeline.config.schema import RunConfig
+from pipeline.config.schema import RunConfig, WandbConfig
+from pipeline.errors import TrackingError
+from pipeline.exhibits import Curve, Exhibit, Notice, Picture, Table, View
 from pipeline.records import RunFolder
-from pipeline.tracking.exhibits import Curve, Exhibit, Notice, Picture, Table
 from pipeline.tracking.json_lines import JsonLinesTracker
 from pipeline.tracking.tracker import NullTracker, Tracker, TrackerGroup
+from pipeline.tracking.wandb_client import WandbClient
 from pipeline.tracking.weights_and_biases import MONITORING, WandbTracker
 
 __all__ = [
@@ -25,9 +28,11 @@ __all__ = [
     "Table",
     "Tracker",
     "TrackerGroup",
+    "View",
     "WandbTracker",
     "open_tracker",
     "open_window_tracker",
+    "save_views",
     "wandb_mode",
     "wandb_sink",
 ]
@@ -73,6 +78,28 @@ def wandb_sink(tracker: Tracker) -> Callable[[Mapping[str, Any]], None]:
         tracker.alert(Notice(alert["title"], _alert_text(alert), alert["severity"]))
 
     return send
+
+
+def save_views(config: WandbConfig, folder: RunFolder, views: Sequence[View]) -> list[str]:
+    """Save workspaces, each in the place of the one that had its name; their addresses.
+
+    Raises:
+        TrackingError: W&B did not take one.
+    """
+    client = WandbClient(folder.wandb)
+    where = {"do": "save_view", "entity": config.entity, "project": config.project}
+    try:
+        messages = [where | asdict(view) for view in views]
+        replies = [client.request(message, config.timeout_seconds) for message in messages]
+    except Exception as error:
+        raise TrackingError(
+            f"{len(views)} views were to be saved to the project {config.project!r} of Weights & "
+            f"Biases, but: {str(error).rstrip('.')}. It needs the network, a key (`wandb login`), "
+            "and a project with a run."
+        ) from None
+    finally:
+        client.kill()
+    return [str(reply["url"]) for reply in replies]
 
 
 def _alert_text(alert: Mapping[str, Any]) -> str:

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pipeline.exhibits import Exhibit, Notice
 from pipeline.records import append_jsonl, read_jsonl, write_jsonl
-from pipeline.tracking.exhibits import Exhibit, Notice
 
 
 class JsonLinesTracker:

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from pipeline.tracking.exhibits import Exhibit, Notice
+from pipeline.exhibits import Exhibit, Notice
 
 
 class Tracker(Protocol):

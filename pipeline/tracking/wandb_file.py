@@ -22,8 +22,12 @@ _MEDIA = re.compile(rb'"(image|table)-file"')
 
 def num_history_rows(path: str | Path) -> int:
     """Rows of numbers; those of pictures and tables are not counted. A torn end is passed over."""
-    records = _records(Path(path).read_bytes())
-    return sum(_is_history(record) and _MEDIA.search(record) is None for record in records)
+    return sum(_MEDIA.search(record) is None for record in _history(path))
+
+
+def num_history_records(path: str | Path) -> int:
+    """Everything in the history: rows of numbers, pictures, curves and tables."""
+    return sum(1 for _ in _history(path))
 
 
 def num_confirmed_lines(log: str | Path) -> int:
@@ -42,6 +46,10 @@ def num_confirmed_lines(log: str | Path) -> int:
         elif message["msg"] == f"{_FILE_STREAM} request sent" and message["status"] == "200 OK":
             confirmed, waiting = confirmed + waiting, 0
     return confirmed
+
+
+def _history(path: str | Path) -> Iterator[bytes]:
+    return filter(_is_history, _records(Path(path).read_bytes()))
 
 
 def _records(data: bytes) -> Iterator[bytes]:

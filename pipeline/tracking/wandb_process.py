@@ -47,8 +47,11 @@ class Session:
 
     def __init__(self) -> None:
         self._run: Any = None
+        self._step: int | None = None
 
-    def start(self, axis: str, namespaces: list[str], **arguments: Any) -> dict[str, Any]:
+    def start(
+        self, axis: str, namespaces: list[str], first_step: int | None, **arguments: Any
+    ) -> dict[str, Any]:
         """Open the run, or go on with the one of this id; its metrics have this x axis."""
         import wandb
 
@@ -57,6 +60,7 @@ class Session:
             console="off", silent=True, disable_git=True, save_code=False, x_stats_pid=os.getppid()
         )
         self._run = wandb.init(settings=settings, **arguments)
+        self._step = first_step
         self._run.define_metric(axis, hidden=True)
         for namespace in namespaces:
             self._run.define_metric(f"{namespace}/*", step_metric=axis)
@@ -65,13 +69,13 @@ class Session:
 
     def log(self, row: dict[str, Any]) -> None:
         """Add one row of history."""
-        self._run.log(row)
+        self._log(row)
 
     def show_picture(self, name: str, row: dict[str, Any], png: str) -> None:
         """Add one picture to the history."""
         import wandb
 
-        self._run.log({**row, name: wandb.Image(png)})
+        self._log({**row, name: wandb.Image(png)})
 
     def show_curve(
         self, name: str, row: dict[str, Any], title: str, x: str, lines: dict[str, Any]
@@ -81,7 +85,7 @@ class Session:
 
         xs, ys = ([[point[i] for point in line] for line in lines.values()] for i in (0, 1))
         chart = wandb.plot.line_series(xs, ys, keys=list(lines), title=title, xname=x)
-        self._run.log({**row, name: chart})
+        self._log({**row, name: chart})
 
     def show_table(
         self, name: str, row: dict[str, Any], columns: list[Any], rows: list[list[Any]]
@@ -90,7 +94,14 @@ class Session:
         import wandb
 
         table = wandb.Table(columns=columns, data=rows, allow_mixed_types=True)
-        self._run.log({**row, name: table})
+        self._log({**row, name: table})
+
+    def _log(self, row: dict[str, Any]) -> None:
+        if self._step is None:
+            self._run.log(row)
+        else:
+            self._run.log(row, step=self._step, commit=True)
+            self._step += 1
 
     def artifact(self, name: str, kind: str, path: str) -> None:
         """Log a version of a file or folder; an unchanged one stays the version it was."""
@@ -109,6 +120,28 @@ class Session:
     def summary(self, values: dict[str, Any]) -> None:
         """Set final numbers."""
         self._run.summary.update(values)
+
+    def save_view(
+        self, entity: str | None, project: str, name: str, title: str, specification: Any
+    ) -> dict[str, Any]:
+        """Save a workspace, over the one of this name if there is one."""
+        import wandb
+        from wandb_workspaces._graphql import get_app_url
+        from wandb_workspaces.workspaces import internal
+
+        api = wandb.Api()
+        owner = entity or api.default_entity or ""
+        query_name = name.removeprefix("nw-").removesuffix("-v")
+        try:
+            known = internal.get_view_dict(owner, project, query_name)["id"]
+        except ValueError:  # no such view, or no such project: saving tells which
+            known = ""
+        view = internal.View(
+            entity=owner, project=project, display_name=title, name=name, id=known,
+            spec=internal.WorkspaceViewspec.model_validate(specification),
+        )  # fmt: skip
+        internal.upsert_view2(view)
+        return {"url": f"{get_app_url(api).rstrip('/')}/{owner}/{project}?nw={query_name}"}
 
     def finish(self) -> None:
         """Close the run; everything is on the disk, or sent, when this returns."""

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.schema import WandbConfig
+from pipeline.exhibits import Curve, Exhibit, Notice, Picture
 from pipeline.metric_names import NAMESPACES, STEP, WINDOW
 from pipeline.records import RunFolder, write_text
-from pipeline.tracking.exhibits import Curve, Exhibit, Notice, Picture
 from pipeline.tracking.redaction import without_secrets
 from pipeline.tracking.wandb_client import Client, WandbClient
-from pipeline.tracking.wandb_file import num_confirmed_lines, num_history_rows
+from pipeline.tracking.wandb_file import num_confirmed_lines, num_history_records, num_history_rows
 
 logger = logging.getLogger(__name__)
 
@@ -151,6 +151,7 @@ class WandbTracker:
             "mode": self._mode,
             "config": without_secrets(config),
             "resume": "allow" if self._mode == "online" else None,
+            "first_step": None if self._mode == "online" else self._num_earlier_steps(),
         }
 
     def _run_id(self) -> str:
@@ -159,6 +160,14 @@ class WandbTracker:
         if not path.exists() or not path.read_text().strip():
             write_text(path, secrets.token_hex(4) + "\n")
         return path.read_text().strip()
+
+    def _num_earlier_steps(self) -> int:
+        """Where W&B's own count of rows goes on: offline nobody else knows what came before."""
+        files = self._folder.wandb.glob(f"*run-*/run-{self._run_id()}{self._part.id_suffix}.wandb")
+        try:
+            return sum(num_history_records(path) for path in files)
+        except (ValueError, OSError, IndexError):  # another format than the one we know
+            return 0
 
     def _axis(self) -> dict[str, float]:
         return {self._part.axis: self._last_step}

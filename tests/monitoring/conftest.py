@@ -1,5 +1,6 @@
 """A run folder as the stages leave it, drawn from a seed: nothing is trained."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from monitoring.profile import profile_of, write_profile
 from pipeline.records import RunFolder, append_jsonl, write_json, write_text
 
 LABELS = ("asyncio", "collections", "email", "html", "json", "logging", "sqlite3", "unittest")
@@ -229,3 +231,64 @@ dropout:
 evaluation:
   num_mc_passes: 10
 """
+
+
+# -- windows of scored rows ----------------------------------------------------------------------
+
+
+def make_scored(
+    num_rows: int = 200, seed: int = 0, moved: float = 0.0, share: float = 1.0, labelled=False
+) -> pyarrow.Table:
+    """Rows as `masklock score` writes them; a share of them moved away from the reference."""
+    random = np.random.default_rng(seed)
+    away = moved * (random.random(num_rows) < share)
+    hardness = np.clip(random.beta(1.2, 3, num_rows) + 0.5 * away, 0, 1.5)
+    correct = random.random(num_rows) > 0.5 * hardness + 0.3 * away
+    label = random.integers(0, len(LABELS), num_rows)
+    names = np.array(LABELS)
+    columns = {
+        "sample_id": np.arange(num_rows) + 10_000 * seed,
+        "text": [f"text {number}" for number in range(num_rows)],
+        "num_tokens": random.integers(5, 60, num_rows),
+        "label": names[label],
+        "prediction": names[np.where(correct, label, (label + 1) % len(LABELS))],
+        "correct": correct,
+        "confidence": np.clip(1 - 0.7 * hardness, 0.13, 1),
+        "predictive_entropy": 2 * hardness,
+        "mutual_information": 0.3 * hardness**2 + random.random(num_rows) / 100,
+        "energy": random.normal(3.1 * away, 1),
+        "mahalanobis": random.normal(3.6 * away, 1),
+        "embedding": list(random.normal(0, 1, (num_rows, 8)).astype(np.float32) + away[:, None]),
+        "clicks": random.poisson(20, num_rows).astype(np.float64),
+    }
+    if not labelled:
+        del columns["label"], columns["correct"]
+    about = {
+        "schema": "masklock-scored-v1", "model_version": "v1", "task": "text-classification",
+        "label_names": LABELS, "carried": ["clicks"], "seed": 42, "num_mc_passes": 10,
+        "batch_size": 32, "plan_digest": "9f2c41d08be77a13",
+    }  # fmt: skip
+    metadata = {"masklock": json.dumps(about)}
+    return pyarrow.table(columns).replace_schema_metadata(metadata)
+
+
+@pytest.fixture
+def write_scored(tmp_path) -> Callable[..., Path]:
+    """Writes a file of scored rows into `windows/`."""
+
+    def write(name: str = "window.parquet", **options) -> Path:
+        path = tmp_path / "windows" / name
+        path.parent.mkdir(exist_ok=True)
+        pyarrow.parquet.write_table(make_scored(**options), path)
+        return path
+
+    return write
+
+
+@pytest.fixture
+def watched_run(run_folder) -> RunFolder:
+    """An evaluated run with the profile of 1,000 rows."""
+    folder = run_folder()
+    rows = make_scored(1000, seed=99, labelled=True)
+    write_profile(folder, profile_of(rows, model_version="v1"))
+    return folder

@@ -145,7 +145,7 @@ def test_a_plan_as_json_has_stdout_for_itself(masklock, stage, yaml_file):
 def test_evaluate_takes_a_run_folder_or_its_yaml(masklock, stage, yaml_file, run_folder):
     seen = []
 
-    def evaluated(folder, config, say, figures):
+    def evaluated(folder, config, say, exhibits, keep_profile):
         seen.append((folder.path, config.evaluation.batch_size))
         return {"verdict": ["trust it"]}
 
@@ -186,12 +186,13 @@ def test_cases_that_are_no_json_are_refused(masklock, tmp_path):
 def test_the_mask_of_a_run_is_asked_for_by_coordinates(
     masklock, stage, run_folder, option, purpose
 ):
-    def mask_of_run(folder, seed, step, site, sample, purpose):
-        return {"asked": [str(folder.path), seed, step, site, sample, purpose]}
+    def mask_of_run(folder, seed, step, site, sample, purpose, domain):
+        return {"asked": [str(folder.path), seed, step, site, sample, purpose, domain]}
 
     stage("pipeline.dropout.lookup", "mask_of_run", mask_of_run)
-    _, out, _ = masklock("mask", run_folder, option, "3", "--site", "a.b#0", "--sample", "17")
-    assert json.loads(out)["asked"] == [str(run_folder), 42, 3, "a.b#0", 17, purpose]
+    named = ("--site", "a.b#0", "--sample", "17", "--domain", "web")
+    _, out, _ = masklock("mask", run_folder, option, "3", *named)
+    assert json.loads(out)["asked"] == [str(run_folder), 42, 3, "a.b#0", 17, purpose, "web"]
 
 
 def test_the_mask_of_a_run_needs_all_coordinates(masklock, run_folder):
@@ -203,7 +204,7 @@ def test_the_mask_of_a_run_needs_all_coordinates(masklock, run_folder):
 def test_export_and_quickstart_print_where_their_result_is(masklock, stage, run_folder, tmp_path):
     stage("pipeline.export", "export", lambda folder, output: output / "weights")
     stage("monitoring.report", "write_report", lambda folder: folder / "report.html")
-    stage("pipeline.quickstart", "quickstart", lambda modality, draw, write, say: write(tmp_path))
+    stage("pipeline.quickstart", "quickstart", lambda _, show, keep, write, say: write(tmp_path))
     assert masklock("export", run_folder, tmp_path / "out")[1] == f"{tmp_path}/out/weights\n"
     assert masklock("quickstart")[1] == f"The report is {tmp_path}/report.html\n"
 

@@ -44,6 +44,17 @@ class NearestNeighbours:
         parts = [self._distance(part) for part in _unit_length(features).split(rows)]
         return torch.cat(parts)
 
+    def state(self) -> dict[str, Tensor]:
+        """What was fitted, as named tensors."""
+        return {"reference": self._reference, "k": torch.tensor(self.num_neighbours)}
+
+    @classmethod
+    def restored(cls, state: dict[str, Tensor]) -> "NearestNeighbours":
+        """The fitted detector that had this state."""
+        detector = cls(int(state["k"]))
+        detector._reference = state["reference"]
+        return detector
+
     def _distance(self, unit: Tensor) -> Tensor:
         cosine = unit @ self._reference.T
         neighbour = cosine.topk(self.num_neighbours, dim=1).indices[:, -1]

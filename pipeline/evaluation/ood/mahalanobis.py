@@ -72,7 +72,9 @@ class Mahalanobis:
         covariance = self._shrunk(_scatter(moments, means_CD), moments)
         factor = torch.linalg.cholesky(covariance)
         identity = torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
-        self._whitening = torch.linalg.solve_triangular(factor, identity, upper=False).T
+        self._whitening = torch.linalg.solve_triangular(
+            factor, identity, upper=False
+        ).T.contiguous()
         self._white_means = (means_CD - self._centre) @ self._whitening
         return self
 
@@ -89,6 +91,18 @@ class Mahalanobis:
         means = self._white_means.to(dtype)
         offsets = torch.addmm(means.square().sum(dim=1), white, means.T, alpha=-2).amin(dim=1)
         return (white.square().sum(dim=1) + offsets).double().clamp(min=0)
+
+    def state(self) -> dict[str, Tensor]:
+        """What was fitted, as named tensors."""
+        return {name: getattr(self, f"_{name}") for name in ("centre", "whitening", "white_means")}
+
+    @classmethod
+    def restored(cls, state: dict[str, Tensor]) -> "Mahalanobis":
+        """The fitted detector that had this state."""
+        detector = cls()
+        for name, tensor in state.items():
+            setattr(detector, f"_{name}", tensor)
+        return detector
 
     def _shrunk(self, scatter: Tensor, moments: Moments) -> Tensor:
         degrees = max(int(moments.counts.sum()) - int((moments.counts > 0).sum()), 1)

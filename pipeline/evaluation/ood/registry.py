@@ -9,7 +9,7 @@ A score reads one *source*, what the passes left for N rows:
     features            Tensor [N, D]         pooled, of the deterministic pass; fitted first
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -21,25 +21,35 @@ from pipeline.evaluation.ood import logits, monte_carlo
 from pipeline.evaluation.ood.knn import NearestNeighbours
 from pipeline.evaluation.ood.mahalanobis import Mahalanobis
 
+CLASS_SOURCES = {"logits", "monte_carlo", "features"}
+TOKEN_SOURCES = {"tokens", "monte_carlo_tokens", "features"}
 SOURCES = ("logits", "monte_carlo", "tokens", "monte_carlo_tokens", "features")
 
 
 class FeatureDetector(Protocol):
-    """A score that must see training features first. Both keep their input untouched."""
+    """A score that must see training features first; its input stays untouched.
+
+    `restored(state())` scores as the fitted detector does, to the last bit.
+    """
 
     def fit(self, features: Tensor, labels: Tensor | None = None) -> "FeatureDetector": ...
 
     def score(self, features: Tensor) -> Tensor: ...
 
+    def state(self) -> dict[str, Tensor]: ...
+
+    @classmethod
+    def restored(cls, state: dict[str, Tensor]) -> "FeatureDetector": ...
+
 
 @dataclass(frozen=True)
 class Score:
-    """A name, what it reads, and how: a function of the source, or a detector to be fitted."""
+    """A name, what it reads, and how: a function of the source, or a FeatureDetector."""
 
     name: str
     sources: tuple[str, ...]
     function: Callable[[Any], Tensor] | None = None
-    detector: Callable[..., FeatureDetector] | None = None
+    detector: type[Any] | None = None
 
     @property
     def needs_mc(self) -> bool:
@@ -74,19 +84,39 @@ def fit_detectors(
 
 
 def score_rows(
-    sources: Mapping[str, Any], detectors: Mapping[str, FeatureDetector] | None = None
+    sources: Mapping[str, Any],
+    detectors: Mapping[str, FeatureDetector] | None = None,
+    batches: Sequence[Sequence[int]] | None = None,
 ) -> dict[str, NDArray[np.float64]]:
-    """Every registered score that the given sources (and fitted detectors) allow, each [N]."""
+    """Every registered score that the given sources (and fitted detectors) allow, each [N].
+
+    Args:
+        sources: by name, for N rows.
+        detectors: fitted, by name.
+        batches: places of rows that detectors score together (a matrix product of another height
+            may round differently); by default all.
+    """
     unknown = set(sources) - set(SOURCES)
     if unknown:
         raise ValueError(f"Unknown sources {sorted(unknown)}; they are {', '.join(SOURCES)}.")
     scored = {}
     for name, score in SCORES.items():
         source = next((source for source in score.sources if source in sources), None)
-        function = score.function or getattr((detectors or {}).get(name), "score", None)
-        if source is not None and function is not None:
-            scored[name] = function(sources[source]).cpu().numpy().astype(np.float64)
+        detector = (detectors or {}).get(name)
+        if source is not None and score.function is not None:
+            scored[name] = score.function(sources[source]).cpu().numpy().astype(np.float64)
+        elif source is not None and detector is not None:
+            scored[name] = _scores(detector, sources[source], batches)
     return scored
+
+
+def _scores(
+    detector: FeatureDetector, features: Tensor, batches: Sequence[Sequence[int]] | None
+) -> NDArray[np.float64]:
+    scores = np.empty(len(features))
+    for places in [range(len(features))] if batches is None else batches:
+        scores[list(places)] = detector.score(features[list(places)]).cpu().numpy()
+    return scores
 
 
 _MC, _BOTH = ("monte_carlo",), ("monte_carlo", "monte_carlo_tokens")

@@ -15,6 +15,8 @@ name: first
 model: {task: text-classification, model_name_or_path: some/model}
 data: {path: builtin:python-stdlib}
 """
+BITS = "model.quantization_config="
+NF4 = "{quant_method: bitsandbytes, load_in_4bit: true, "
 
 
 @pytest.fixture
@@ -313,12 +315,25 @@ def test_the_difference_of_two_configurations_is_one_line_a_value(load):
         ("peft.r=many", "peft.r: ", "found 'many'"),
         ("peft.inference_mode=true", "peft.inference_mode: ", "training needs it off"),
         ("peft={peft_type: ADALORA}", "peft: AdaLoraConfig refuses", "total_step"),
+        (BITS + "{load_in_4bit: true}", BITS[:-1] + ".quant_method: is missing", "known: aqlm"),
+        (BITS + "{quant_method: bitsandbyte}", BITS[:-1] + ".quant_method: ", "mean bitsandbytes?"),
+        (BITS + "{quant_method: bitsandbytes}", BITS[:-1] + ": set load_in_4bit or", "quantized"),
+        (BITS + NF4 + "bnb_4bit_quant_typ: x}", BITS[:-1] + ".bnb_4bit_quant_typ: ", "quant_type?"),
+        (BITS + NF4 + "llm_int8_threshold: 6}", BITS[:-1] + ": BitsAndBytesConfig", "a float"),
     ],
 )
 def test_what_only_the_installed_libraries_know_is_checked(problems, override, start, part):
-    (said,) = problems(MINIMAL, override)
+    (said,) = problems(MINIMAL + "peft: {r: 4}\n" * override.startswith(BITS), override)
     assert said.startswith(start)
     assert part in said
+
+
+def test_quantized_weights_need_an_adapter_and_weights_to_start_from(problems):
+    (said,) = problems(MINIMAL, BITS + NF4 + "}")
+    assert "model.quantization_config needs a peft section" in said
+    scratch = MINIMAL.replace("model_name_or_path: some/model", "model_type: bert")
+    (said,) = problems(scratch, BITS + NF4 + "}")
+    assert "with model.model_type (from scratch) leave it out" in said
 
 
 def test_the_installed_check_can_be_left_out_and_asked_for_later(load):

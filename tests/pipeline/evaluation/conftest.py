@@ -1,16 +1,25 @@
-"""Tiny models with keyed dropout, and rows of unlike lengths, for the tests of the passes."""
+"""Tiny models with keyed dropout, rows of unlike lengths, and whole runs that were evaluated."""
+
+import json
+from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from datasets import Dataset
 
+from pipeline.config.load import dump_config
 from pipeline.config.schema import RunConfig
+from pipeline.data import load_raw
 from pipeline.dropout.context import KeyedDropout
 from pipeline.evaluation.forward import bare_model
 from pipeline.evaluation.mc_dropout import MonteCarlo
 from pipeline.evaluation.predict import Predictor
+from pipeline.evaluation.stage import evaluate
 from pipeline.model import build_model, plan_for
+from pipeline.records import RunFolder, write_json
+from pipeline.tokenizer import load_tokenizer
 
 LABELS, VOCABULARY = ("a", "b", "c"), 50
 SHAPE = {
@@ -113,4 +122,119 @@ def rows():
             }
             for number in range(13)
         ]
+    )
+
+
+# -- whole runs -----------------------------------------------------------------------------------
+
+TINY = {
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 16,
+    "max_position_embeddings": 16,
+    "initializer_range": 0.3,
+}
+WORDS = ["red", "blue", "green", "pink", "cat", "dog", "cow", "hen"]
+CLASSES, GENERATION = "text-classification", "text-generation"
+SIZES = {"train": 30, "validation": 12, "test": 21}
+
+
+def text(number, words=WORDS):
+    return " ".join(words[(number * 7 + place * 3) % 8] for place in range(3 + number % 6))
+
+
+def write_data(folder):
+    for split, size in SIZES.items():
+        labels = [("animal", "colour", "plant")[(number * number) % 3] for number in range(size)]
+        rows = {"text": [text(number) for number in range(size)], "label": labels}
+        prices = {"price": [number / 4 for number in range(size)]}
+        pd.DataFrame(rows | prices).to_parquet(folder / f"{split}.parquet")
+    far = [json.dumps({"text": text(number, WORDS[::-1]) * 2}) for number in range(15)]
+    (folder / "far.jsonl").write_text("\n".join(far))
+
+
+def config_in(folder, task):
+    kind, dropout = ("bert", {"hidden": 0.1, "attention": 0.1, "head": 0.3})
+    if task == GENERATION:
+        kind, dropout = ("llama", {"insert": {"embedding": 0.1, "hidden": 0.2}})
+    files = {split: str(folder / f"{split}.parquet") for split in SIZES}
+    far = {"path": "json", "data_files": str(folder / "far.jsonl")}
+    origin = {"model_type": kind, "config_overrides": TINY, "tokenizer_vocab_size": 300}
+    return RunConfig.model_validate(
+        {
+            "name": "tiny",
+            "output_dir": str(folder),
+            "model": {"task": task} | origin,
+            "data": {
+                "path": "parquet",
+                "data_files": files,
+                "max_length": 12,
+                "ood": {"far": far},
+            },
+            "train": {"global_batch_size": 4, "use_cpu": True},
+            "dropout": dropout,
+            "evaluation": {
+                "num_mc_passes": 5,
+                "batch_size": 8,
+                "num_bootstrap_resamples": 50,
+                "knn_neighbours": 3,
+            },
+            "wandb": {"mode": "disabled"},
+        }
+    )
+
+
+def save_run(config):
+    """A run folder as a training leaves it, with random weights."""
+    run = RunFolder(f"{config.output_dir}/{config.name}")
+    raw = load_raw(config)
+    tokenizer = load_tokenizer(config, raw.train["text"][:])
+    plan = plan_for(config, raw.label_names, tokenizer)
+    build_model(config, raw.label_names, plan, tokenizer).save_pretrained(run.model)
+    tokenizer.save_pretrained(run.model)
+    write_json(run.plan, plan.to_json())
+    if raw.label_names is not None:
+        write_json(run.labels, list(raw.label_names))
+    run.config.write_text(dump_config(config))
+    run.metrics.write_text('{"time": 1.0, "step": 40, "train/loss": 1.5}\n')
+    return run
+
+
+@pytest.fixture(scope="module")
+def without_wandb():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WANDB_MODE", "disabled")
+        yield
+
+
+@pytest.fixture(scope="module", params=[CLASSES, GENERATION])
+def evaluated(request, without_wandb, tmp_path_factory):
+    return evaluated_run(tmp_path_factory.mktemp("run"), request.param)
+
+
+@pytest.fixture(scope="module")
+def classifier(without_wandb, tmp_path_factory):
+    return evaluated_run(tmp_path_factory.mktemp("classifier"), CLASSES)
+
+
+@pytest.fixture(scope="module")
+def language_model(without_wandb, tmp_path_factory):
+    return evaluated_run(tmp_path_factory.mktemp("language_model"), GENERATION)
+
+
+def evaluated_run(folder, task):
+    write_data(folder)
+    config = config_in(folder, task)
+    run = save_run(config)
+    said, kept = [], []
+    report = evaluate(run, config, said.append, keep_profile=lambda run, rows: kept.append(rows))
+    return SimpleNamespace(
+        run=run,
+        config=config,
+        report=report,
+        samples=pd.read_parquet(run.samples),
+        said=said,
+        reference=kept[0],
+        test_file=folder / "test.parquet",
     )

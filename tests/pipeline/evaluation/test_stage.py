@@ -7,127 +7,24 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 import torch
 from sklearn.metrics import accuracy_score, f1_score, roc_auc_score
 
-from pipeline.config.load import dump_config
 from pipeline.config.roles import RoleDropout
-from pipeline.config.schema import RunConfig
 from pipeline.data import load_raw, prepare_data
 from pipeline.errors import ConfigError, DataError, RunFolderError
 from pipeline.evaluation import stage
 from pipeline.evaluation.stage import evaluate
-from pipeline.model import build_model, load_trained, plan_for
-from pipeline.records import RunFolder, read_jsonl, write_json
+from pipeline.exhibits import Picture
+from pipeline.model import load_trained, plan_for
+from pipeline.records import RunFolder, read_jsonl
 from pipeline.tokenizer import load_tokenizer
 
-SHAPE = {
-    "hidden_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "intermediate_size": 16,
-    "max_position_embeddings": 16,
-    "initializer_range": 0.3,
-}
-WORDS = ["red", "blue", "green", "pink", "cat", "dog", "cow", "hen"]
-CLASSES, GENERATION = "text-classification", "text-generation"
-SIZES = {"train": 30, "validation": 12, "test": 21}
-
-
-def text(number, words=WORDS):
-    return " ".join(words[(number * 7 + place * 3) % 8] for place in range(3 + number % 6))
-
-
-def write_data(folder):
-    for split, size in SIZES.items():
-        labels = [("animal", "colour", "plant")[(number * number) % 3] for number in range(size)]
-        table = pd.DataFrame({"text": [text(number) for number in range(size)], "label": labels})
-        table.to_parquet(folder / f"{split}.parquet")
-    far = [json.dumps({"text": text(number, WORDS[::-1]) * 2}) for number in range(15)]
-    (folder / "far.jsonl").write_text("\n".join(far))
-
-
-def config_in(folder, task):
-    kind, dropout = ("bert", {"hidden": 0.1, "attention": 0.1, "head": 0.3})
-    if task == GENERATION:
-        kind, dropout = ("llama", {"insert": {"embedding": 0.1, "hidden": 0.2}})
-    files = {split: str(folder / f"{split}.parquet") for split in SIZES}
-    far = {"path": "json", "data_files": str(folder / "far.jsonl")}
-    origin = {"model_type": kind, "config_overrides": SHAPE, "tokenizer_vocab_size": 300}
-    return RunConfig.model_validate(
-        {
-            "name": "tiny",
-            "output_dir": str(folder),
-            "model": {"task": task} | origin,
-            "data": {
-                "path": "parquet",
-                "data_files": files,
-                "max_length": 12,
-                "ood": {"far": far},
-            },
-            "train": {"global_batch_size": 4, "use_cpu": True},
-            "dropout": dropout,
-            "evaluation": {
-                "num_mc_passes": 5,
-                "batch_size": 8,
-                "num_bootstrap_resamples": 50,
-                "knn_neighbours": 3,
-            },
-            "wandb": {"mode": "disabled"},
-        }
-    )
-
-
-def save_run(config):
-    """A run folder as a training leaves it, with random weights."""
-    run = RunFolder(f"{config.output_dir}/{config.name}")
-    raw = load_raw(config)
-    tokenizer = load_tokenizer(config, raw.train["text"][:])
-    plan = plan_for(config, raw.label_names, tokenizer)
-    build_model(config, raw.label_names, plan, tokenizer).save_pretrained(run.model)
-    tokenizer.save_pretrained(run.model)
-    write_json(run.plan, plan.to_json())
-    if raw.label_names is not None:
-        write_json(run.labels, list(raw.label_names))
-    run.config.write_text(dump_config(config))
-    run.metrics.write_text('{"time": 1.0, "step": 40, "train/loss": 1.5}\n')
-    return run
-
-
-@pytest.fixture(autouse=True, scope="module")
-def without_wandb():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("WANDB_MODE", "disabled")
-        yield
-
-
-@pytest.fixture(scope="module", params=[CLASSES, GENERATION])
-def evaluated(request, tmp_path_factory):
-    return evaluated_run(tmp_path_factory.mktemp("run"), request.param)
-
-
-@pytest.fixture(scope="module")
-def classifier(tmp_path_factory):
-    return evaluated_run(tmp_path_factory.mktemp("classifier"), CLASSES)
-
-
-@pytest.fixture(scope="module")
-def language_model(tmp_path_factory):
-    return evaluated_run(tmp_path_factory.mktemp("language_model"), GENERATION)
-
-
-def evaluated_run(folder, task):
-    write_data(folder)
-    config = config_in(folder, task)
-    run = save_run(config)
-    said = []
-    report = evaluate(run, config, said.append)
-    samples = pd.read_parquet(run.samples)
-    return SimpleNamespace(run=run, config=config, report=report, samples=samples, said=said)
+CLASSES = "text-classification"
 
 
 def changed(config, **values):
@@ -272,19 +169,21 @@ class Recorder:
         return lambda *args: self.calls.append((name, *args)) or f"{name}ed."
 
 
-def test_numbers_and_figures_reach_one_tracker_session(classifier, monkeypatch, tmp_path):
+def test_numbers_exhibits_and_files_reach_one_tracker_session(classifier, monkeypatch, tmp_path):
     recorder, said = Recorder(), []
     monkeypatch.setattr(stage, "open_tracker", lambda config, folder, is_main: recorder)
 
-    def figures(run):
+    def exhibits(run):
         assert run.report_json.is_file()
-        return {"reliability": tmp_path / "a.png"}
+        run.report_html.write_text("a page")
+        return {"reliability": Picture(tmp_path / "a.png")}
 
-    evaluate(classifier.run, classifier.config, said.append, figures)
+    evaluate(classifier.run, classifier.config, said.append, exhibits)
     names = [name for name, *_ in recorder.calls]
-    assert names == ["start", "log", "figure", "summary", "finish"]
-    (_, numbers, step), (_, name, png) = recorder.calls[1:3]
-    assert (step, name, png) == (40, "reliability", tmp_path / "a.png")
+    assert names == ["start", "log", "show", "artifact", "summary", "finish"]
+    (_, numbers, step), (_, name, picture), artifact = recorder.calls[1:4]
+    assert (step, name, picture) == (40, "reliability", Picture(tmp_path / "a.png"))
+    assert artifact[1:] == ("report", classifier.run.report_html)
     assert numbers["eval/mc_accuracy"] == classifier.report["quality"]["mc"]["accuracy"]
     assert {key.split("/")[0] for key in numbers} == {"eval", "calibration", "uncertainty", "ood"}
     assert said[-1] == "finished."
@@ -299,6 +198,17 @@ def test_the_headline_numbers_are_a_row_of_the_metrics(evaluated):
 # -- several processes ---------------------------------------------------------------------------
 
 ROOT = Path(__file__).resolve().parents[3]
+EVALUATED_AND_SCORED = """
+import contextlib, sys, torch
+from pipeline.__main__ import main
+
+torch.distributed.init_process_group("gloo")
+run, rows = sys.argv[1:]
+for words in (["evaluate", run], ["score", run, "--input", rows]):
+    sys.argv[1:] = words
+    with contextlib.suppress(SystemExit):
+        main()
+"""
 TWICE = """
 import contextlib, os, torch
 from pipeline.__main__ import main
@@ -346,10 +256,14 @@ def assert_same_files(evaluated):
 
 def test_two_processes_write_the_files_of_one(classifier, tmp_path):
     forget_files(classifier)
-    done = run_two(tmp_path, "-m", "pipeline", "evaluate", str(classifier.run.path))
+    (tmp_path / "child.py").write_text(EVALUATED_AND_SCORED)
+    done = run_two(tmp_path, "child.py", str(classifier.run.path), str(classifier.test_file))
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("Predicting 21 rows: test.") == done.stdout.count("report.json") == 1
     assert_same_files(classifier)
+    scored = pq.read_table(tmp_path / "scored.parquet")
+    assert scored.equals(classifier.reference, check_metadata=True)
+    assert done.stdout.count("21 scored rows: scored.parquet") == 1
 
 
 def test_two_processes_judge_tokens_as_one_and_fail_together(language_model, tmp_path):

@@ -7,7 +7,7 @@ rows): curves are binned and tables chosen before they come here.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 MAX_POINTS = 10_000
 MAX_ROWS = 1_000
@@ -47,6 +47,15 @@ class Table:
 
 
 Exhibit = Picture | Curve | Table
+
+
+@dataclass(frozen=True)
+class View:
+    """A workspace: panels over what was logged, as W&B stores it."""
+
+    name: str
+    title: str
+    specification: Mapping[str, Any]
 
 
 @dataclass(frozen=True)

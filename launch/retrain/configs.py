@@ -1,0 +1,56 @@
+"""The configurations of a retraining, from its recipe: pure functions of configurations."""
+
+from pathlib import Path
+from typing import Any
+
+from pipeline.config.schema import RunConfig
+
+SPLITS = ("train", "validation", "test")
+
+
+def challenger_config(
+    recipe: RunConfig, name: str, data: Path, start: Path | None = None
+) -> RunConfig:
+    """The recipe with the rows of this retraining, starting from other weights if there are any.
+
+    Args:
+        data: folder with train, validation and test.parquet.
+        start: folder with the champion's whole weights in Hugging Face format.
+    """
+    changed = recipe.model_dump(mode="json")
+    changed["name"] = name
+    changed["data"] |= _rows_of(data)
+    if start is not None:
+        changed["model"] |= {
+            "model_name_or_path": str(start),
+            "model_type": None,
+            "config_overrides": {},
+            "weights_sha256": None,
+            "tokenizer_name_or_path": None,
+        }
+    return RunConfig.model_validate(changed)
+
+
+def bench_config(champion: RunConfig, challenger: RunConfig, name: str) -> RunConfig:
+    """The champion judged as the challenger is: same rows, same seed, same passes.
+
+    What its weights were trained with stays its own; nothing of it is sent anywhere.
+    """
+    changed, other = (one.model_dump(mode="json") for one in (champion, challenger))
+    own = {key: changed["data"][key] for key in ("max_length", "packing", "domain_column_name")}
+    changed |= {"name": name, "seed": other["seed"], "evaluation": other["evaluation"]}
+    changed["data"] = other["data"] | own
+    changed["wandb"] |= {"mode": "disabled"}
+    return RunConfig.model_validate(changed)
+
+
+def _rows_of(folder: Path) -> dict[str, Any]:
+    return {
+        "path": "parquet",
+        "name": None,
+        "data_files": {split: str(folder / f"{split}.parquet") for split in SPLITS},
+        "data_dir": None,
+        "revision": None,
+        "max_eval_samples": None,
+        **{f"{split}_split": split for split in SPLITS},
+    }

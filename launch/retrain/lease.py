@@ -1,0 +1,57 @@
+"""One process at a time: a lock on this machine, a lease with a heartbeat among machines."""
+
+import contextlib
+import logging
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+from launch.locking import file_lock
+from launch.retrain.store import Clock, Store
+
+logger = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def held(store: Store, now: Clock, lease_seconds: float) -> Iterator[int]:
+    """Be the only one at work; yields the lock's descriptor, for the processes that are started.
+
+    They hold the lock too: the training of a process that was killed keeps others away until it
+    ends. A process that dies does not give the lease back; the next one on its machine sees by the
+    lock that it is dead, one on another machine waits until it was silent for `lease_seconds`.
+
+    Raises:
+        BusyError: another one is at work.
+    """
+    place = store.path.with_name("lock")
+    with file_lock(place, 0.0, f"{store.path.parent}") as descriptor:
+        before = store.take(lease_seconds)
+        if before is not None:
+            logger.info("Took over from %s, which is gone.", before)
+        try:
+            with _heartbeat(store.path, store.token, now, lease_seconds / 4):
+                yield descriptor
+        finally:
+            store.give_back()
+
+
+@contextlib.contextmanager
+def _heartbeat(path: Path, token: str, now: Clock, every_seconds: float) -> Iterator[None]:
+    stop = threading.Event()
+
+    def beat() -> None:
+        while not stop.wait(every_seconds):
+            store = Store(path, now)  # connections belong to their thread
+            try:
+                if not store.beat(token):
+                    return
+            finally:
+                store.close()
+
+    thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()

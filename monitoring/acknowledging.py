@@ -1,0 +1,70 @@
+"""What people do with alerts: look at them, and say that they have seen them."""
+
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from monitoring.alerts import Alert, utc_now, write_alert
+from monitoring.history import History
+from pipeline.errors import DataError
+from pipeline.records import RunFolder
+
+
+def alerts_of(run: RunFolder) -> list[Alert]:
+    """The alerts of a run, oldest first."""
+    if not _path(run).is_file():
+        return []
+    with History(_path(run)) as history:
+        return history.alerts()
+
+
+def listed(run: RunFolder) -> list[dict[str, Any]]:
+    """The alerts of a run, newest first, and how far each has come to every sink."""
+    if not _path(run).is_file():
+        return []
+    with History(_path(run)) as history:
+        deliveries = history.deliveries()
+        alerts = history.alerts()
+    return [
+        {
+            "id": alert.id,
+            "created": alert.created,
+            "severity": alert.severity,
+            "state": alert.state,
+            "title": alert.title,
+            "runbook": alert.runbook,
+            "acknowledged": alert.acknowledged,
+            "file": str(run.monitoring / "alerts" / f"{alert.id}.json"),
+            "deliveries": {
+                one.sink: {"state": one.state, "attempts": one.attempts, "error": one.error}
+                for one in deliveries
+                if one.alert == alert.id
+            },
+        }
+        for alert in reversed(alerts)
+    ]
+
+
+def acknowledge(run: RunFolder, id: str, who: str, note: str, now: datetime | None = None) -> Alert:
+    """Mark an alert as seen, in the history and in its file. The first one to do so stands.
+
+    Args:
+        run: the run.
+        id: of the alert, or how it begins.
+        who: has seen it.
+        note: what came of it.
+        now: the time, UTC.
+
+    Raises:
+        DataError: no alert, or more than one, has an id that begins so.
+    """
+    if not _path(run).is_file():
+        raise DataError(f"{run.path} has no alerts: no window of it was ever judged.")
+    with History(_path(run)) as history:
+        alert = history.acknowledge(id, who, note, now or utc_now())
+    write_alert(run.monitoring / "alerts", alert)
+    return alert
+
+
+def _path(run: RunFolder) -> Path:
+    return run.monitoring / "history.sqlite"
