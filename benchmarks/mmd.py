@@ -1,7 +1,7 @@
 """Permutation test of MMD at n = m = 2,000 with 100 permutations: one product against gathering.
 
 Run: python benchmarks/mmd.py. Both start from the same kernel matrix and the same permutations.
-Gathering reorders the matrix by index for every permutation, as alibi-detect does. CPU time, 1 thread.
+Gathering reorders the matrix by index for every permutation, as alibi-detect does. CPU time.
 """
 
 import argparse

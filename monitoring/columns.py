@@ -37,6 +37,13 @@ def is_text(kind: pa.DataType) -> bool:
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
 
 
+def type_name(kind: pa.DataType) -> str:
+    """A type by what it holds: how it is stored, and what a file calls a list's items, is aside."""
+    if is_text(kind):
+        return "string"
+    return f"list<{kind.value_type}>" if _is_list(kind) else str(kind)
+
+
 def numbers_of(table: pa.Table, name: str) -> NDArray[np.float64]:
     """A numeric column as float64 [N], NaN where there is no value."""
     column = table.column(name)

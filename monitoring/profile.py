@@ -56,7 +56,7 @@ class ReferenceProfile:
     """Monte-Carlo passes behind every score; None where the rows do not say."""
     num_rows: int
     columns: Mapping[str, str]
-    """Type of every scored column, as Arrow names it."""
+    """Type of every scored column."""
     own_columns: tuple[str, ...]
     """Those that the scoring itself adds; the others came with the user's rows."""
     numbers: Mapping[str, NumericSummary]
@@ -101,7 +101,7 @@ def profile_of(
         label_names=tuple(label_names) if label_names else None,
         num_mc_passes=about.get("num_mc_passes"),
         num_rows=table.num_rows,
-        columns={name: str(kind) for name, kind in fields.items()},
+        columns={name: columns.type_name(kind) for name, kind in fields.items()},
         own_columns=tuple(name for name in fields if name not in about.get("carried", ())),
         numbers={
             name: NumericSummary.of(numbers_of(table, name), _grid(name, fields[name]))

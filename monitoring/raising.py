@@ -20,6 +20,11 @@ from pipeline.config.monitoring import MonitoringConfig, Severity
 MAX_COLUMNS = 10
 # What measures of quality are about, as a column of the window.
 _OF_QUALITY = {"estimated_accuracy": "confidence", "ece": "confidence"}
+_SAID = {
+    "value": "its mean is {:.2f}",
+    "rank": "its mean rank in the reference is {:.2f}",
+    "tail": "{:.2f} of the rows are beyond the reference's 95 % quantile",
+}
 _REPLAYED = ("seed", "num_mc_passes", "plan_digest", "batch_size", "model_version", "task")
 
 
@@ -81,10 +86,12 @@ class Raiser:
             "num_rows": result.num_rows,
         }
         verb = {"up": "has risen", "down": "has fallen", "both": "has moved"}
+        said = _SAID[detector.config.score].format(result.mean_score)
+        expected = f"{detector.score.lower:.2f} to {detector.score.upper:.2f} expected"
         return self._alert(
             f"sequential/{name}",
             detector.config.severity,
-            f"{name}: {detector.column} {verb[detector.config.direction]}",
+            f"{name}: {detector.column} {verb[detector.config.direction]}, {said}, {expected}",
             detector.column,
             evidence,
             detector.config.runbook,

@@ -1,6 +1,8 @@
 """The Trainer's arguments of a run: pure arithmetic on configuration, world size and rows."""
 
+import copy
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,11 +13,19 @@ from pipeline.config.schema import RunConfig, TrainConfig
 from pipeline.dropout.noise import NEFTUNE
 from pipeline.dropout.plan import DropoutPlan
 from pipeline.engines import Settings, contradictions
-from pipeline.errors import ConfigError, LayoutError
+from pipeline.errors import ConfigError, DropoutError, LayoutError
 from pipeline.parallel import default_use_cpu
 
 # Of the Trainer's own defaults, those that cost something in every step.
 DEFAULTS = {"ddp_find_unused_parameters": False}
+
+NO_FP16 = (
+    "train.fp16: mixed precision in float16 was asked for, but this run is on the CPU, where its "
+    "small gradients are lost; set train.bf16 instead, or neither, or run it on a GPU"
+)
+
+PROBES = ("?", "true", "7")
+"""Values of which every argument that is read takes one for something else than its default."""
 
 # Names that mean the same here and there.
 SAME_NAMES = (
@@ -43,6 +53,9 @@ def training_arguments(config: RunConfig, output_dir: str, world_size: int) -> T
     if problems := installed_problems(config):
         raise ConfigError(problems)
     micro, accumulation = batch_split(config.train, world_size)
+    use_cpu = default_use_cpu() if config.train.use_cpu is None else config.train.use_cpu
+    if config.train.fp16 and use_cpu:
+        raise ConfigError([NO_FP16])
     given = {name: getattr(config.train, name) for name in SAME_NAMES}
     values = {
         **given,
@@ -51,7 +64,7 @@ def training_arguments(config: RunConfig, output_dir: str, world_size: int) -> T
         "gradient_accumulation_steps": accumulation,
         "max_steps": 1,
         "seed": config.seed % 2**32,
-        "use_cpu": default_use_cpu() if config.train.use_cpu is None else config.train.use_cpu,
+        "use_cpu": use_cpu,
         "greater_is_better": greater_is_better(config.train),
         "train_sampling_strategy": "sequential",
         "remove_unused_columns": False,
@@ -137,9 +150,22 @@ def check_launch(config: RunConfig, settings: Settings, world_size: int) -> None
         raise LayoutError(f"The launch configuration contradicts the run:\n{listed}")
 
 
-def needs_unused(plan: DropoutPlan) -> bool:
-    """Whether a step may leave parameters without a gradient, which DDP must then look for."""
-    return any(site.variant == "layer" for site in plan.in_force())
+def check_learned(plan: DropoutPlan, engine: str, zero_stage: int) -> None:
+    """Learned rates see each layer's whole weights, which FSDP and ZeRO-3 cut up.
+
+    Raises:
+        DropoutError: such an engine was asked for.
+    """
+    if engine != "FSDP" and zero_stage < 3:
+        return
+    if learned := [site for site in plan.in_force() if site.learned]:
+        roles = ", ".join(dict.fromkeys(f"dropout.{site.role}" for site in learned))
+        raise DropoutError(
+            f"{roles}: learned rates were asked for on {'FSDP2' if engine == 'FSDP' else 'ZeRO-3'},"
+            " but their regulariser needs each layer's whole weights, which this engine cuts up. "
+            "Nothing was written. Launch with --accelerate-config ddp, zero1 or zero2, or give a "
+            "rate without learned."
+        )
 
 
 def check_metric(train: TrainConfig, metric_names: tuple[str, ...]) -> None:
@@ -161,19 +187,49 @@ def check_optimizer(args: TrainingArguments) -> None:
     optimizer = torch.optim.SGD([parameter], lr=args.learning_rate)
     schedule = SchedulerType(args.lr_scheduler_type).value
     given: Any = args.lr_scheduler_kwargs
-    problems = []
+    problems: list[str] = []
     try:
-        Trainer.get_optimizer_cls_and_kwargs(args)
+        problems += _optim_args_problems(args)
     except ImportError as error:
         problems.append(f"train.optim: {error}")
-    except ValueError:  # some need the model itself: theirs to judge
-        pass
     try:
         get_scheduler(schedule, optimizer, 0, 2, scheduler_specific_kwargs=given)
     except (TypeError, ValueError) as error:
         problems.append(f"train.lr_scheduler_kwargs: {schedule} refuses {given or 'none'}: {error}")
     if problems:
         raise ConfigError(problems)
+
+
+def _optim_args_problems(args: TrainingArguments) -> Iterator[str]:
+    """What in `optim_args` cannot be read, or changes nothing whatever its value."""
+    given = [entry.partition("=") for entry in (args.optim_args or "").split(",") if entry.strip()]
+    place, optimizer = "train.extra.optim_args", str(getattr(args.optim, "value", args.optim))
+    if wrong := ["".join(entry) for entry in given if not entry[1]]:
+        yield f"{place}: {_listed(wrong)} is no NAME=VALUE; separate several by commas"
+        return
+    try:
+        without = _optimizer(args, "")
+    except ValueError:  # it needs the model itself: the Trainer's to judge
+        return
+    for name in (entry[0].strip() for entry in given):
+        if all(_optimizer_or_error(args, f"{name}={value}") == without for value in PROBES):
+            yield f"{place}: {optimizer} has no {name!r}, it would be ignored; leave it out"
+    if isinstance(error := _optimizer_or_error(args, args.optim_args or ""), str):
+        yield f"{place}: {optimizer} refuses {args.optim_args}: {error}"
+
+
+def _optimizer(args: TrainingArguments, optim_args: str) -> Any:
+    """Class and arguments of the optimizer with other `optim_args`."""
+    changed = copy.copy(args)
+    changed.optim_args = optim_args
+    return Trainer.get_optimizer_cls_and_kwargs(changed)
+
+
+def _optimizer_or_error(args: TrainingArguments, optim_args: str) -> Any:
+    try:
+        return _optimizer(args, optim_args)
+    except (ValueError, AttributeError, TypeError) as error:
+        return str(error)
 
 
 def _recompute(train: TrainConfig) -> dict[str, Any]:

@@ -29,9 +29,15 @@ class Meter:
     num_tokens: torch.Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.int64))
     seconds: float = 0.0
 
-    def count_tokens(self, inputs: dict[str, Any]) -> None:
-        """Add this process's tokens; stays on the device, so that nothing waits."""
-        if (mask := inputs.get("attention_mask")) is not None:
+    def count_tokens(self, inputs: dict[str, Any], sample_ids: torch.Tensor) -> None:
+        """Add this process's tokens; stays on the device, so that nothing waits.
+
+        Args:
+            inputs: the model's.
+            sample_ids: int64 `[B]`, or `[B, T]` of packed rows, below 0 on their padding.
+        """
+        mask = sample_ids >= 0 if sample_ids.dim() == 2 else inputs.get("attention_mask")
+        if mask is not None:
             self.num_tokens = self.num_tokens.to(mask.device) + mask.sum()
         elif (ids := inputs.get("input_ids")) is not None:
             self.num_tokens = self.num_tokens + ids.numel()

@@ -1,8 +1,12 @@
 """Finds every error of a configuration, its data and its dropout plan before weights load."""
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
+
+import torch
+from torch import nn
 
 from pipeline.arguments import check_metric, check_optimizer, num_steps, training_arguments
 from pipeline.config.schema import RunConfig
@@ -11,13 +15,16 @@ from pipeline.dropout.plan import DropoutPlan
 from pipeline.errors import InputError
 from pipeline.modality.bundle import MODALITIES
 from pipeline.model import check_weights, plan_for
-from pipeline.model_config import fit_to_tokenizer, model_config
+from pipeline.model_config import auto_class, fit_to_tokenizer, model_config
+from pipeline.packing import require_isolation
 from pipeline.quantization import require_quantizer
 from pipeline.records import RunFolder
 from pipeline.tokenizer import load_tokenizer
 from pipeline.train import check_folder
 
 Result = TypeVar("Result")
+LARGEST_PROBE = 300_000_000
+"""Parameters of a model that is built, with random weights, only to be looked at."""
 
 
 def check(config: RunConfig) -> list[str]:
@@ -38,6 +45,9 @@ def check(config: RunConfig) -> list[str]:
     _attempt(problems, lambda: check_weights(config))
     _attempt(problems, lambda: require_quantizer(config))
     notes = _attempt(problems, lambda: _tokenizer_notes(config)) if planned else None
+    if planned and config.data.packing:
+        packing = _attempt(problems, lambda: _packing_notes(config, planned))
+        notes = [*(notes or []), *(packing or [])]
     if problems:
         raise InputError("\n\n".join(problems))
     assert raw is not None
@@ -59,6 +69,24 @@ def _tokenizer_notes(config: RunConfig) -> list[str]:
     notes = MODALITIES[config.model.task].notes(tokenizer)
     fit_to_tokenizer(model_config(config, None), tokenizer, config)
     return notes
+
+
+def _packing_notes(config: RunConfig, planned: DropoutPlan) -> list[str]:
+    """Whether this kind of model holds packed documents apart, tried on one with random weights."""
+    hf_config = model_config(config, None)
+    attention = config.model.attn_implementation or planned.attn_implementation
+
+    def build(device: str) -> nn.Module:
+        with torch.random.fork_rng(devices=[]), torch.device(device):
+            made: nn.Module = auto_class(config).from_config(
+                copy.deepcopy(hf_config), attn_implementation=attention
+            )
+        return made
+
+    if sum(p.numel() for p in build("meta").parameters()) > LARGEST_PROBE:
+        return ["data.packing: this model is too large to be tried here; training tries it first."]
+    require_isolation(build("cpu"), planned)
+    return []
 
 
 def _attempt(problems: list[str], action: Callable[[], Result]) -> Result | None:

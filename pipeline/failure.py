@@ -93,7 +93,7 @@ def failing_together(say: Say) -> Iterator[None]:
             _leave(fail(company, error, say))
         company.depart()
         _tell_launcher(error)
-        raise
+        _leave(_code_of(error))
     finally:
         is_over.set()
 
@@ -142,13 +142,17 @@ def fail(company: Company, error: BaseException, say: Say) -> int:
 
 def _is_good_end(error: BaseException) -> bool:
     """Whether an exception is the way of a command line to end with 0, or 75: stopped and saved."""
-    code = getattr(error, "exit_code", getattr(error, "code", None))
-    return not isinstance(error, MasklockError) and code in (0, 75)
+    return not isinstance(error, MasklockError) and _code_of(error) in (0, 75)
+
+
+def _code_of(error: BaseException) -> Any:
+    """The exit code that an exception stands for, of a command line or of the interpreter."""
+    return getattr(error, "exit_code", getattr(error, "code", None))
 
 
 def _tell_launcher(error: BaseException) -> None:
     """A launcher that passed a signal on does not look at exit codes: 75 goes through a file."""
-    code = getattr(error, "exit_code", getattr(error, "code", None))
+    code = _code_of(error)
     if code and (name := os.environ.get(EXIT_CODE_FILE)):
         Path(name).write_text(str(code))
 
@@ -185,7 +189,12 @@ def _watch(company: Company, say: Say, is_over: threading.Event) -> None:
 
 
 def _leave(code: int) -> None:
-    """End at once: what lies in a collective cannot be interrupted, and must not be waited for."""
+    """End at once, without the interpreter's own end.
+
+    After a failure, what lies in a collective cannot be interrupted, and must not be waited for.
+    After a good end, a thread of gloo that lets go of a tensor's Python object while the
+    interpreter ends would abort the process ("terminate called without an active exception").
+    """
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

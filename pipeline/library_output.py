@@ -26,6 +26,13 @@ def without_waiting_lines() -> None:
     )
 
 
+def without_old_collectives() -> None:
+    """No warning, in every step, that DeepSpeed calls collectives by names that torch will drop."""
+    warnings.filterwarnings(
+        "ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning
+    )
+
+
 @contextmanager
 def without_old_names() -> Iterator[None]:
     """No warning that peft asks a model by a name that transformers will drop."""

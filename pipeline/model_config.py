@@ -13,8 +13,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import transformers
+from huggingface_hub.errors import FileMetadataError, HfHubHTTPError
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.utils import CONFIG_NAME
 
 from pipeline.config.schema import RunConfig
 from pipeline.errors import ModelError
@@ -22,6 +25,8 @@ from pipeline.modality.bundle import MODALITIES
 
 _PACKAGE = "package:"
 _LABELS_UNKNOWN = ("0", "1")
+HUB_SECONDS = 5.0
+"""How long the hub has to answer before it counts as out of reach."""
 
 
 def resolve(name: str) -> str:
@@ -59,7 +64,8 @@ def model_config(config: RunConfig, label_names: Sequence[str] | None) -> PreTra
     if model.model_type is not None:
         hf_config = _from_scratch(config, model.model_type)
     else:
-        hf_config = _from_pretrained(config)
+        assert model.model_name_or_path is not None
+        hf_config = load_pretrained("model", AutoConfig, model.model_name_or_path, config)
         _check_overrides(config, hf_config)
         hf_config.update(model.config_overrides)
     if MODALITIES[model.task].auto_class == "AutoModelForSequenceClassification":
@@ -101,17 +107,38 @@ def _from_scratch(config: RunConfig, model_type: str) -> PreTrainedConfig:
         raise ModelError(f"model.config_overrides: {model_type} refuses them: {error}") from error
 
 
-def _from_pretrained(config: RunConfig) -> PreTrainedConfig:
-    name = config.model.model_name_or_path
-    assert name is not None
+def load_pretrained(what: str, auto: Any, name: str, config: RunConfig) -> Any:
+    """What one of transformers' Auto classes reads from a folder, a package or the hub.
+
+    Raises:
+        ModelError: it is not there, or the hub does not answer.
+    """
+    model = config.model
     try:
-        return AutoConfig.from_pretrained(
-            resolve(name),
-            revision=config.model.model_revision,
-            trust_remote_code=config.model.trust_remote_code,
+        path = resolve(name)
+        _require_answer(path, model.model_revision)
+        return auto.from_pretrained(
+            path, revision=model.model_revision, trust_remote_code=model.trust_remote_code
         )
     except (OSError, ValueError) as error:
-        raise ModelError(not_found("model", name, error)) from error
+        raise ModelError(not_found(what, name, error)) from error
+
+
+def _require_answer(path: str, revision: str) -> None:
+    """Ask the hub once for what is not here: by itself it is asked for half a minute."""
+    if Path(path).exists() or is_path(path) or huggingface_hub.is_offline_mode():
+        return
+    if isinstance(
+        huggingface_hub.try_to_load_from_cache(path, CONFIG_NAME, revision=revision), str
+    ):
+        return
+    url = huggingface_hub.hf_hub_url(path, CONFIG_NAME, revision=revision)
+    try:
+        huggingface_hub.get_hf_file_metadata(url, timeout=HUB_SECONDS)
+    except (HfHubHTTPError, FileMetadataError):
+        return  # it answers; what is wrong, loading will say
+    except Exception as error:  # of whichever HTTP client huggingface_hub uses
+        raise OSError(f"It does not answer: {error}.") from error
 
 
 def not_found(what: str, name: str, error: Exception) -> str:

@@ -9,8 +9,7 @@ import transformers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from pipeline.config.schema import RunConfig
-from pipeline.errors import ModelError
-from pipeline.model_config import not_found, resolve
+from pipeline.model_config import load_pretrained
 
 
 def load_tokenizer(config: RunConfig, texts: Iterable[str]) -> PreTrainedTokenizerBase:
@@ -18,14 +17,7 @@ def load_tokenizer(config: RunConfig, texts: Iterable[str]) -> PreTrainedTokeniz
     name = config.model.tokenizer_name_or_path or config.model.model_name_or_path
     if name is None:
         return _trained_tokenizer(texts, config.model.tokenizer_vocab_size)
-    try:
-        return AutoTokenizer.from_pretrained(
-            resolve(name),
-            revision=config.model.model_revision,
-            trust_remote_code=config.model.trust_remote_code,
-        )
-    except (OSError, ValueError) as error:
-        raise ModelError(not_found("tokenizer", name, error)) from error
+    return load_pretrained("tokenizer", AutoTokenizer, name, config)
 
 
 def _trained_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerBase:

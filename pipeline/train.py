@@ -13,9 +13,9 @@ from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, Trainin
 from pipeline import agreement, checkpoint, engines, parallel, quantization, zero
 from pipeline.arguments import (
     check_launch,
+    check_learned,
     check_metric,
     check_optimizer,
-    needs_unused,
     set_horizon,
     training_arguments,
 )
@@ -26,6 +26,7 @@ from pipeline.data import PreparedData, TrainingStream, load_raw, prepare_data, 
 from pipeline.dropout.context import KeyedDropout
 from pipeline.dropout.plan import DropoutPlan
 from pipeline.errors import RunFolderError
+from pipeline.library_output import without_old_collectives
 from pipeline.modality.bundle import MODALITIES
 from pipeline.model import build_model, plan_for
 from pipeline.packing import packed, require_isolation
@@ -129,6 +130,7 @@ def guarded_arguments(config: RunConfig) -> TrainingArguments:
     """The first statement of every run: the layout asked for is the one running, or exit 2."""
     launch = parallel.read_launch()
     engines.settle_environment(os.environ)
+    without_old_collectives()
     settings = engines.Settings.of(os.environ)
     check_launch(config, settings, launch.world_size)
     quantization.require_whole_weights(config, launch.engine, settings.deepspeed)
@@ -206,8 +208,7 @@ def prepare(config: RunConfig, run: RunFolder, args: TrainingArguments, say: Say
     set_horizon(args, config.train, len(data.train), has_validation=len(data.validation) > 0)
     with engines.built_whole():
         plan = plan_for(config, data.label_names, tokenizer).for_steps(args.max_steps)
-    if needs_unused(plan):
-        args.ddp_find_unused_parameters = True
+    check_learned(plan, parallel.read_launch().engine, _zero_stage(args))
     found = find_checkpoint(run, plan, data, say)
     with engines.built_whole(unless=_is_sharded_init(args)):
         model = build_model(config, data.label_names, plan, tokenizer)
@@ -216,6 +217,11 @@ def prepare(config: RunConfig, run: RunFolder, args: TrainingArguments, say: Say
     if found is None:
         checkpoint.require_space(run.path, checkpoint_bytes(model))
     return Parts(config, run, args, data, tokenizer, plan, model, found, say)
+
+
+def _zero_stage(args: TrainingArguments) -> int:
+    plugin: Any = args.deepspeed_plugin
+    return int(plugin.zero_stage) if plugin is not None else 0
 
 
 def _is_sharded_init(args: TrainingArguments) -> bool:

@@ -110,7 +110,7 @@ class LockedTrainer(Trainer):
         """Forward and backward under the masks of the batch's own step and rows."""
         sample_ids = inputs.pop("sample_id")
         self._step = int(inputs.pop("mask_step")[0])
-        self.meter.count_tokens(inputs)
+        self.meter.count_tokens(inputs, sample_ids)
         inputs, self._sample_ids, row_ids = self.objective.views(inputs, sample_ids)
         domains = inputs.pop("domain", None)
         context = self.keyed.context(
@@ -157,11 +157,6 @@ class LockedTrainer(Trainer):
         optimizer: Any = super().create_optimizer(model)
         rates = self.objective.rates
         if rates is not None:
-            if self.is_fsdp_enabled or self.zero_stage() == 3:
-                raise DropoutError(
-                    "Learned dropout rates need each layer's whole weights, which this engine cuts "
-                    "up. Train on DDP or ZeRO 1 or 2, or set learned to false."
-                )
             for group in optimizer.param_groups:
                 group["params"] = [p for p in group["params"] if p is not rates.logits]
             own = {"params": [rates.logits], "weight_decay": 0.0}

@@ -15,6 +15,7 @@ import wandb_workspaces.workspaces as ws
 from wandb_workspaces.reports.v2.interface import PanelTypes
 
 from pipeline.metric_names import STEP, WINDOW
+from pipeline.records import write_json
 
 TITLES = {
     "dropout_and_uncertainty": "Dropout and uncertainty",
@@ -32,6 +33,12 @@ def specifications(run_name: str | None = None) -> dict[str, dict[str, Any]]:
         "production_drift": (WINDOW, _production_drift()),
     }
     return {name: _specification(name, *parts, run_name) for name, parts in sections.items()}
+
+
+def write_reviewed() -> None:
+    """Write the reviewed files anew, after a change here."""
+    for name, specification in specifications().items():
+        write_json(REVIEWED[name], specification)
 
 
 def view_name(name: str, run_id: str) -> str:
@@ -123,6 +130,7 @@ def _production_drift() -> list[ws.Section]:
             ),
             _lines("Disagreement of the passes", WINDOW, "uncertainty/disagreement"),
             _lines("Mean out-of-distribution scores", WINDOW, pattern="ood/.*_mean"),
+            _lines("Sequential detectors", WINDOW, pattern="drift/sequential/.*", log_y=True),
         ),
         _section(
             "Quality",

@@ -18,15 +18,18 @@ def mask(
     mc_pass: Annotated[
         int | None, typer.Option("--pass", min=0, help="Monte-Carlo pass of the evaluation.")
     ] = None,
+    domain: Annotated[
+        str | None, typer.Option(help="The sample's data domain, if domains have rates.")
+    ] = None,
 ) -> None:
     """Print the masks of named coordinates as JSON."""
     with stdout_for_data():
         if Path(source).suffix.lower() == ".json" and not Path(source).is_dir():
-            if (site, sample, step, mc_pass) != (None, None, None, None):
+            if (site, sample, step, mc_pass, domain) != (None,) * 5:
                 raise InputError("Cases carry their own coordinates: leave the options out.")
             result = _masks_of_cases(Path(source))
         else:
-            result = _mask_of_run(source, site, sample, step, mc_pass)
+            result = _mask_of_run(source, site, sample, step, mc_pass, domain)
     say(as_json_text(result))
 
 
@@ -43,7 +46,12 @@ def _masks_of_cases(file: Path) -> dict[str, Any]:
 
 
 def _mask_of_run(
-    source: str, site: str | None, sample: int | None, step: int | None, mc_pass: int | None
+    source: str,
+    site: str | None,
+    sample: int | None,
+    step: int | None,
+    mc_pass: int | None,
+    domain: str | None,
 ) -> dict[str, Any]:
     if site is None or sample is None or (step is None) == (mc_pass is None):
         raise InputError(
@@ -54,6 +62,5 @@ def _mask_of_run(
     folder = folder_of(source, config)
     from pipeline.dropout.lookup import mask_of_run
 
-    if mc_pass is not None:
-        return mask_of_run(folder, config.seed, mc_pass, site, sample, "mc")
-    return mask_of_run(folder, config.seed, step or 0, site, sample, "train")
+    purpose, index = ("mc", mc_pass) if mc_pass is not None else ("train", step or 0)
+    return mask_of_run(folder, config.seed, index, site, sample, purpose, domain)

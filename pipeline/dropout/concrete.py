@@ -58,12 +58,18 @@ class LearnedRates(nn.Module):
         names = (f"{site.site}#{site.call}" for site in self.sites)
         return dict(zip(names, self.rates(), strict=True))
 
-    def relaxed(self, place: int, x: Tensor, per_row: Sequence[Tensor], group: int) -> Tensor:
-        """x `[B, M, D]` under the relaxed mask of a site; per_row are keys, ids, positions."""
+    def relaxed(
+        self, place: int, x: Tensor, per_row: Sequence[Tensor], group: int, first: int = 0
+    ) -> Tensor:
+        """x `[B, M, D]` under the relaxed mask of a site; per_row are keys, ids, positions.
+
+        `first` is the number of the first feature, where the tensor is a slice.
+        """
         wide = torch.promote_types(x.dtype, torch.float32)
         logit = self.logits[place].to(device=x.device, dtype=wide)
-        u = uniforms(per_row, -(-x.shape[2] // group)).to(device=x.device, dtype=wide)
-        u = u.repeat_interleave(group, dim=2)[..., : x.shape[2]] if group > 1 else u
+        end = first + x.shape[2]
+        u = uniforms(per_row, -(-end // group)).to(device=x.device, dtype=wide)
+        u = (u.repeat_interleave(group, dim=2) if group > 1 else u)[..., first:end]
         z = torch.sigmoid((logit - torch.logit(u)) / self.settings.temperature)
         return (x.to(wide) * (1 - z) / (1 - logit.sigmoid())).to(x.dtype)
 

@@ -25,6 +25,7 @@ from pipeline.dropout.noise import NOISE, NoiseMask
 from pipeline.dropout.plan import DropoutPlan
 from pipeline.dropout.positions import StackInputs, is_stack
 from pipeline.dropout.schedules import Limits, done_at, limits_at
+from pipeline.dropout.shards import Shards, shards_by_site
 from pipeline.dropout.sites import AUGMENTATION
 from pipeline.dropout.spectrogram import (
     SPECTROGRAM,
@@ -93,6 +94,7 @@ class KeyedDropout:
         index: int | Sequence[int],
         row_ids: Tensor,
         domains: Tensor | None = None,
+        shard: Shards | None = None,
     ) -> Iterator[ActiveMasks]:
         """Draw masks for these rows until the block ends; covers forward and backward.
 
@@ -102,10 +104,12 @@ class KeyedDropout:
                 the batch axis).
             row_ids: int64 `[B]`, stable sample ids (`[B, T]` for packed rows).
             domains: int64 `[B]`, each row's place in the plan's domains, -1 for none of them.
+            shard: where this process's slice begins, for all sites or by role, if tensors are cut.
         """
         doors.wrap_checkpointing(self._checkpointed, self._segment)
         limits = self._limits(purpose, index, domains)
-        active = ActiveMasks(self._keys(purpose, index), row_ids, index, purpose, limits)
+        shards = shards_by_site(shard, self.plan.in_force())
+        active = ActiveMasks(self._keys(purpose, index), row_ids, index, purpose, limits, shards)
         with self._pushed(active):
             yield active
 

@@ -4,7 +4,7 @@ What arrives here has been decided before: which site, which call, which rate. W
 masked tensor, the same for a sample whatever batch, padding or process it came in.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -17,6 +17,7 @@ from pipeline.dropout.key import STEP_ROW_ID, signed
 from pipeline.dropout.philox import NUM_LANES, scale, threshold
 from pipeline.dropout.positions import StackInputs
 from pipeline.dropout.schedules import Limits
+from pipeline.dropout.shards import WHOLE, Shard
 from pipeline.dropout.sites import SHARED, Site, is_cross_attention
 from pipeline.dropout.variants import SHARED_POSITION, find_variant
 from pipeline.errors import DropoutError
@@ -39,6 +40,8 @@ class ActiveMasks:
     """`train` or `mc`: learned rates have relaxed masks in training, hard ones afterwards."""
     limits: dict[SiteCall, Limits] = field(default_factory=dict)
     """Thresholds and scales of the sites whose rate is not the same for all rows and steps."""
+    shards: Mapping[SiteCall, Shard] = field(default_factory=dict)
+    """Where a slice begins, of the sites whose tensors this process holds a slice of."""
     counters: dict[tuple[str, str], int] = field(default_factory=dict)
     stacks: dict[str, StackInputs] = field(default_factory=dict)
     drawn: set[SiteCall] = field(default_factory=set)
@@ -144,10 +147,13 @@ class SiteMask:
         M = x_BMD.shape[1]
         positions = self._positions(active, M, x.device).expand(B, M)
         per_row = self._per_row(active, key, positions, M, x.device)
-        group = self.variant.group(D, self.site.block_size)
+        first = self._shard(active).feature
+        group = self.variant.group(first + D, self.site.block_size)
         if self.learned is not None and active.purpose == "train":
             rates, place = self.learned
-            return rates.relaxed(place, x_BMD, per_row[:3], group).view(x.shape)
+            return rates.relaxed(place, x_BMD, per_row[:3], group, first).view(x.shape)
+        if first:
+            return _keyed_slice(x_BMD, per_row, group, first).view(x.shape)
         return keyed_rows(x_BMD, *per_row, group).view(x.shape)
 
     def _attention(self, active: ActiveMasks, key: Tensor, x: Tensor) -> Tensor:
@@ -157,7 +163,8 @@ class SiteMask:
         queries, keys = self._attention_positions(active, Q, K, x.device)
         per_row = self._per_row(active, key, queries.expand(B, Q), Q, x.device)
         ids = (*per_row[:3], keys.expand(B, K), *per_row[3:])
-        return keyed_attention(x.reshape(B, -1, Q, K), *ids).view(x.shape)
+        head = self._shard(active).head
+        return keyed_attention(x.reshape(B, -1, Q, K), *ids, head).view(x.shape)
 
     def _windows(self, active: ActiveMasks, key: Tensor, x: Tensor) -> Tensor:
         """Attention inside windows, `[B x m, H, Q, K]`: a window's number joins the position."""
@@ -168,7 +175,7 @@ class SiteMask:
         keys, ids, _, t, s = (p.repeat_interleave(m, 0).expand(-1, Q) for p in per_sample)
         window = torch.arange(m, device=x.device).repeat(B)[:, None]
         queries, places = (window * size + torch.arange(size).to(window) for size in (Q, K))
-        return keyed_attention(x, keys, ids, queries, places, t, s)
+        return keyed_attention(x, keys, ids, queries, places, t, s, self._shard(active).head)
 
     def _per_row(
         self, active: ActiveMasks, key: Tensor, positions: Tensor, length: int, device: torch.device
@@ -188,22 +195,47 @@ class SiteMask:
         if self.variant.shared_position:
             return torch.full((1, 1), SHARED_POSITION, device=device)
         inputs = self._stack(active)
+        first = self._shard(active).position if self.has_positions else 0
         if inputs is not None and length == inputs.length and self.has_positions:
-            return inputs.queries(device)
-        return torch.arange(length, device=device)[None]
+            return inputs.queries(device, first)
+        return torch.arange(first, first + length, device=device)[None]
 
     def _attention_positions(
         self, active: ActiveMasks, Q: int, K: int, device: torch.device
     ) -> tuple[Tensor, Tensor]:
-        inputs = self._stack(active)
+        inputs, shard = self._stack(active), self._shard(active)
+        first_key = shard.key or 0
         if inputs is None or inputs.length != Q:
-            return torch.arange(Q, device=device)[None], torch.arange(K, device=device)[None]
-        if self.is_cross_attention:
-            return inputs.queries(device), inputs.encoder_keys(K, device)
-        return inputs.queries(device), inputs.keys(K, device)
+            queries = torch.arange(shard.position, shard.position + Q, device=device)[None]
+            own_keys = Q == K and shard.key is None
+        else:
+            queries = inputs.queries(device, shard.position)
+            if self.is_cross_attention:
+                return queries, inputs.encoder_keys(K, device) + first_key
+            if shard.key is None and K != Q:
+                return queries, inputs.keys(K, device)
+            own_keys = shard.key is None
+        if own_keys:
+            return queries, queries
+        return queries, torch.arange(first_key, first_key + K, device=device)[None]
+
+    def _shard(self, active: ActiveMasks) -> Shard:
+        return active.shards.get(self.call, WHOLE)
 
     def _stack(self, active: ActiveMasks) -> StackInputs | None:
         return next((active.stacks[n] for n in self.stacks if n in active.stacks), None)
+
+
+def _keyed_slice(x: Tensor, per_row: tuple[Tensor, ...], group: int, first: int) -> Tensor:
+    """Rows `[B, M, D]` whose first feature has this number.
+
+    A feature has the counter and lane that a key position of its number has, under head 0; key
+    positions may begin anywhere.
+    """
+    places = torch.arange(first, first + x.shape[2], device=x.device)[None] // group
+    keys, ids, positions, thresholds, scales = per_row
+    columns = places.expand(x.shape[0], -1)
+    return keyed_attention(x[:, None], keys, ids, positions, columns, thresholds, scales)[:, 0]
 
 
 def _by_position(row_ids: Tensor, length: int) -> Tensor:

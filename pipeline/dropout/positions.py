@@ -63,9 +63,14 @@ class StackInputs:
             cache_length=_length_of(given.get("cache") or given.get("past_key_values")),
         )
 
-    def queries(self, device: torch.device) -> Tensor:
-        """Positions of this call's tokens, int64 `[B or 1, T]`."""
-        return self._kept("queries", self._queries, device)
+    def queries(self, device: torch.device, first: int = 0) -> Tensor:
+        """Positions of this call's tokens, int64 `[B or 1, T]`.
+
+        Args:
+            first: of the first token, where the sequence is cut; `position_ids` know it themselves.
+        """
+        positions = self._kept("queries", self._queries, device)
+        return positions + first if first and self.position_ids is None else positions
 
     def keys(self, num_keys: int, device: torch.device) -> Tensor:
         """Positions of all that the tokens attend to, cached ones first, int64 `[B or 1, K]`."""

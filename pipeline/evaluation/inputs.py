@@ -55,18 +55,26 @@ def read_inputs(paths: Sequence[Path]) -> "Dataset":
         raise DataError(f"The inputs have other types in one file than another: {error}") from error
 
 
-def prepare_inputs(
-    rows: "Dataset", config: RunConfig, tokenizer: Any, label_names: LabelNames
-) -> "Dataset":
-    """Rows as the model takes them, numbered by their `sample_id` column or else by place.
-
-    A label column, if there is one, becomes `labels` (-1 where a row has none).
+def require_usable(rows: "Dataset", config: RunConfig, label_names: LabelNames) -> None:
+    """Refuse rows that cannot be scored.
 
     Raises:
         DataError: everything wrong with text, labels and sample ids.
     """
-    modality, source = MODALITIES[config.model.task], config.data
     _raise_if_any(_problems(rows, config, label_names))
+
+
+def prepare_inputs(
+    rows: "Dataset", config: RunConfig, tokenizer: Any, label_names: LabelNames
+) -> "Dataset":
+    """Usable rows as the model takes them, numbered by their `sample_id` column or else by place.
+
+    A label column, if there is one, becomes `labels` (-1 where a row has none).
+
+    Raises:
+        DataError: there is nothing that the model could predict.
+    """
+    modality, source = MODALITIES[config.model.task], config.data
     prepared = modality.prepare(rows, source, config, tokenizer, None)
     prepared = with_domains(prepared, rows, config)
     if label_names is not None and source.label_column_name in rows.column_names:

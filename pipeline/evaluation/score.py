@@ -15,7 +15,13 @@ from pipeline.errors import DataError
 from pipeline.evaluation import judge
 from pipeline.evaluation.batches import Batches, batches_again
 from pipeline.evaluation.fitted import Fitted, read_fitted
-from pipeline.evaluation.inputs import carried_columns, own_columns, prepare_inputs, read_inputs
+from pipeline.evaluation.inputs import (
+    carried_columns,
+    own_columns,
+    prepare_inputs,
+    read_inputs,
+    require_usable,
+)
 from pipeline.evaluation.opening import open_predictor, processes, read_plan
 from pipeline.evaluation.predict import Predictor
 from pipeline.evaluation.samples import (
@@ -64,9 +70,10 @@ def score(
     """
     _require_output(output, inputs)
     with processes(config):
+        rows, label_names = read_inputs(inputs), trained_label_names(run)
+        _require_free_names(rows, config, label_names)
+        require_usable(rows, config, label_names)
         scorer = _Scorer.of(run, config)
-        rows = read_inputs(inputs)
-        _require_free_names(rows, config, scorer)
         prepared = prepare_inputs(rows, config, scorer.tokenizer, scorer.label_names)
         scorer.agree(prepared)
         if parallel.is_main():
@@ -206,8 +213,8 @@ def _require_output(output: Path, inputs: Sequence[Path]) -> None:
         raise DataError(f"{output} is one of the inputs and would be lost: name another output.")
 
 
-def _require_free_names(rows: "Dataset", config: RunConfig, scorer: _Scorer) -> None:
-    taken = scored_names(scorer.predictor.has_classes)
+def _require_free_names(rows: "Dataset", config: RunConfig, label_names: LabelNames) -> None:
+    taken = scored_names(label_names is not None)
     if double := [name for name in own_columns(rows, config) if name in taken]:
         raise DataError(
             f"The inputs have columns that scored rows have too: {', '.join(double)}. Rename "

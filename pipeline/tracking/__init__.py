@@ -110,4 +110,6 @@ def _alert_text(alert: Mapping[str, Any]) -> str:
 
 
 def _short(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "(" + ", ".join(f"{name} {_short(item)}" for name, item in value.items()) + ")"
     return f"{value:.4g}" if isinstance(value, float) else str(value)

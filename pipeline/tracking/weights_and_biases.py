@@ -242,6 +242,8 @@ class WandbTracker:
             sentence += f" at {url}" if url else f" in {folder}"
         if self._failure is not None:
             sentence += f"; dropped: {self._failure}"
+        if arrived < num_rows and self._mode == "offline":
+            sentence += f"; the others are in {self._folder.path} alone (is the disk full?)"
         if folder and (self._mode == "offline" or arrived < num_rows):
             sentence += f"; send them with `wandb sync {folder}`"
         return sentence + "."

@@ -147,7 +147,7 @@ def main(words: Sequence[str] | None = None, also: Instrument | None = None) -> 
         return engines.launch(preset, layout.num_processes[given.start], arguments, module)
     try:
         with failing_together(print_line):
-            return run(load_config(given.config), given.folder, layout, given.start, also)
+            sys.exit(run(load_config(given.config), given.folder, layout, given.start, also))
     except MasklockError as error:
         print_line(f"masklock: {error}")
         return error.exit_code

@@ -7,6 +7,7 @@ from fractions import Fraction
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from monitoring.exact_sums import ExactSum, products
@@ -99,6 +100,13 @@ def test_merging_in_a_tree_gives_the_bits_of_merging_in_a_row():
     )
     assert np.array_equal(row.second_moment, tree.second_moment)
     assert {n: s.sum for n, s in row.numbers.items()} == {n: s.sum for n, s in tree.numbers.items()}
+
+
+def test_rows_merge_with_rows_from_a_file(tmp_path):
+    first, second = scored(30), scored(30, first_id=30)
+    pq.write_table(second, tmp_path / "scored.parquet")
+    merged = merge(profile(first), profile(pq.read_table(tmp_path / "scored.parquet")))
+    assert_same(merged, merge(profile(first), profile(second)))
 
 
 def test_profiles_of_different_things_do_not_merge():

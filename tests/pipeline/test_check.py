@@ -74,3 +74,17 @@ def test_the_folder_of_another_run_is_refused(run_config, tmp_path):
 def test_the_plan_needs_no_data(run_config):
     config = run_config(data={"data_files": {"train": "nowhere.jsonl"}})
     assert len(plan(config).in_force()) == 8
+
+
+def test_packing_is_tried_on_a_model_of_this_kind(run_config):
+    def model(kind, **shape):
+        return {"task": "text-generation", "model_type": kind, "tokenizer_vocab_size": 300} | {
+            "config_overrides": {"hidden_size": 16} | shape
+        }
+
+    llama = model("llama", num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    data = {"packing": True, "max_length": 16}
+    assert check(run_config(model=llama, data=data))[-1] == "No errors."
+    mamba = model("mamba", num_hidden_layers=1)
+    (problem,) = problems_of(run_config(model=mamba, data=data))
+    assert "but mamba lets tokens see other documents of their row" in problem

@@ -56,3 +56,14 @@ def test_a_process_alone_fails_as_always(monkeypatch):
     with pytest.raises(DataError), failure.failing_together(print):
         raise DataError("no rows")
     assert not failure.is_ending()
+
+
+def test_a_good_end_of_several_does_not_wait_for_the_interpreters_own(both, monkeypatch):
+    left = []
+    monkeypatch.setattr(failure, "_join", lambda environment: both[0])
+    monkeypatch.setattr(failure, "_leave", left.append)
+    with failure.failing_together(print):
+        sys.exit(75)
+    assert left == [75]
+    both[1].store.set(both[1]._key("at", 0), f"{failure.socket.gethostname()} {2**22 + 1}")
+    assert both[1].gone() == []

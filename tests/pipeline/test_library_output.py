@@ -6,7 +6,12 @@ import warnings
 import pytest
 from transformers.utils import logging as library
 
-from pipeline.library_output import without_bars, without_load_report, without_old_names
+from pipeline.library_output import (
+    without_bars,
+    without_load_report,
+    without_old_collectives,
+    without_old_names,
+)
 
 LOADING = logging.getLogger("transformers.modeling_utils")
 
@@ -45,3 +50,10 @@ def test_bars_come_back_after_the_block(capfd):
     assert capfd.readouterr().err == ""
     list(library.tqdm([1, 2], desc="Loading weights"))
     assert "Loading weights" in capfd.readouterr().err
+
+
+def test_old_names_of_collectives_are_silenced_alone():
+    without_old_collectives()
+    warnings.warn("`torch.distributed.all_gather` is deprecated.", FutureWarning, stacklevel=1)
+    with pytest.raises(FutureWarning):
+        warnings.warn("`torch.anything` is deprecated.", FutureWarning, stacklevel=1)

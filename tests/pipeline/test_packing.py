@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from pipeline.callbacks import Meter
 from pipeline.config.load import load_config
 from pipeline.config.schema import RunConfig
 from pipeline.data import load_raw
@@ -16,6 +17,7 @@ from pipeline.model import build_model, plan_for
 from pipeline.packing import documents_of, pack, packed, require_isolation
 from pipeline.records import RunFolder, read_jsonl
 from pipeline.train import train
+from pipeline.verify.worker import padded
 
 LLAMA = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 60}
 LLAMA |= {"intermediate_size": 24, "max_position_embeddings": 32, "initializer_range": 0.2}
@@ -98,6 +100,24 @@ def test_packed_equals_unpacked(made, left):
     for name, gradient in gradients.items():
         scale = expected[name].abs().max()
         torch.testing.assert_close(gradient, expected[name], rtol=0, atol=1e-5 * scale, msg=name)
+
+
+def test_more_padding_behind_packed_rows_changes_nothing():
+    model, plan = built("llama", LLAMA, INSERTED)
+    keyed, rows = KeyedDropout(model.train(), plan, 7), list(packed(documents(), 16))
+    loss, gradients = loss_and_gradients(model, keyed, [padded(collated, 8, 24)(rows)])
+    expected_loss, expected = loss_and_gradients(model, keyed, [collated(rows)])
+    keyed.release()
+    assert loss == pytest.approx(expected_loss, rel=1e-5)
+    for name, gradient in gradients.items():
+        scale = expected[name].abs().max()
+        torch.testing.assert_close(gradient, expected[name], rtol=0, atol=1e-5 * scale, msg=name)
+
+
+def test_padding_of_packed_rows_is_not_counted_as_tokens():
+    meter, batch = Meter(), collated(list(packed(documents(), 16)))
+    meter.count_tokens(batch, batch.pop("sample_id"))
+    assert int(meter.num_tokens) == sum(LENGTHS) < batch["input_ids"].numel()
 
 
 def test_models_that_mix_documents_are_refused_by_name():

@@ -1,5 +1,7 @@
 """The tokenizer of a run: its own, or one made from the training text."""
 
+import time
+
 import pytest
 
 from pipeline.errors import ModelError
@@ -48,3 +50,13 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(run_config, pret
     tokenizer.add_tokens([f"<{n}>" for n in range(9)])
     with pytest.raises(ModelError, match=r"has \d+ tokens, the model \d+: they do not belong"):
         fit_to_tokenizer(hf_config, tokenizer, config)
+
+
+def test_a_hub_that_does_not_answer_is_said_in_seconds(run_config, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.is_offline_mode", lambda: False)
+    monkeypatch.setattr("huggingface_hub.hf_hub_url", lambda *a, **k: "http://127.0.0.1:9/nothing")
+    model = run_config().model.model_dump() | {"tokenizer_name_or_path": "nobody/nothing"}
+    started = time.monotonic()
+    with pytest.raises(ModelError, match="It does not answer"):
+        load_tokenizer(run_config(model=model), [])
+    assert time.monotonic() - started < 5

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 import pipeline.train
 from pipeline import checkpoint
-from pipeline.arguments import batch_split
+from pipeline.arguments import batch_split, check_optimizer, training_arguments
 from pipeline.config.load import dump_config
 from pipeline.config.schema import RunConfig, TrainConfig
 from pipeline.data import load_raw, prepare_data
@@ -406,6 +406,10 @@ def test_bfloat16_trains_float32_weights(make_config):
         ({"metric_for_best_model": "bleu"}, "'bleu' is not one of loss, accuracy or ece"),
         ({"lr_scheduler_type": "linaer"}, "linear"),
         ({"extra": {"gradient_accumulation_steps": 2}}, "train.global_batch_size"),
+        ({"extra": {"optim_args": "nesterov=true"}}, "adamw_torch has no 'nesterov', it would be"),
+        ({"optim": "sgd", "extra": {"optim_args": "momentum=fast"}}, "sgd refuses momentum=fast"),
+        ({"optim": "sgd", "extra": {"optim_args": "momentum"}}, "momentum is no NAME=VALUE"),
+        ({"fp16": True}, "float16 was asked for, but this run is on the CPU"),
     ],
 )
 def test_settings_that_cannot_take_effect_are_refused_before_anything_is_written(
@@ -426,3 +430,21 @@ def test_a_batch_that_does_not_divide_suggests_one_that_does():
         2,
         4,
     )
+
+
+def test_arguments_that_an_optimizer_reads_are_accepted(make_config):
+    extra = {"optim_args": "momentum=0.0, nesterov=false"}  # its own defaults
+    arguments = training_arguments(make_config(optim="sgd", extra=extra), "unused", 1)
+    check_optimizer(arguments)
+
+
+@pytest.mark.drill
+@pytest.mark.filterwarnings("ignore")  # what Dynamo thinks of libraries
+def test_a_compiled_model_trains_as_an_uncompiled_one(make_config):
+    weights = []
+    for name, extra in (("plain", {}), ("compiled", {"torch_compile_backend": "eager"})):
+        config = make_config(name=name, extra=extra)
+        assert train(config) == 0
+        weights.append(load_file(folder_of(config).model / "model.safetensors"))
+    for name, weight in weights[0].items():
+        torch.testing.assert_close(weights[1][name], weight, rtol=0, atol=1e-6)

@@ -146,3 +146,11 @@ def test_a_key_position_that_means_nothing_is_no_number(position):
 @pytest.mark.parametrize("shape", [(0, 4, 8), (3, 0, 8), (3, 4, 0)], ids=str)
 def test_empty_tensors_stay_empty(shape):
     assert KERNEL.rows(torch.ones(shape), shared_row(*shape[:2]), 1).shape == shape
+
+
+@pytest.mark.parametrize("group", [1, 3])
+def test_features_of_a_slice_are_key_positions_of_head_0(group):
+    x, row = torch.randn(2, 5, 61), random_row(2, 5)
+    places = (torch.arange(13, 42) // group)[None].expand(2, -1)
+    part = KERNEL.attention(x[:, None, :, 13:42], row, places, 0)[:, 0]
+    check(part, reference.rows(x, row, group)[..., 13:42])

@@ -99,3 +99,16 @@ def test_an_unknown_site_is_answered_with_those_there_are(run):
 def test_a_folder_without_plan_is_refused(tmp_path):
     with pytest.raises(RunFolderError, match=r"has no plan.json: train the run first"):
         mask_of_run(RunFolder(tmp_path), 1, 0, "a", 0, "mc")
+
+
+def test_a_domain_with_rates_of_its_own_is_looked_up_by_name(bind, tmp_path):
+    domains = {"domains": {"web": {"hidden": 0.6}}}
+    bound = bind("roberta", DROPOUT | domains, data={"domain_column_name": "source"})
+    write_json(tmp_path / "plan.json", bound.plan.to_json())
+    site = next(s.label for s in bound.plan.in_force() if s.role == "hidden")
+    found = [
+        mask_of_run(RunFolder(tmp_path), 1, 0, site, 7, "mc", domain) for domain in (None, "web")
+    ]
+    assert [(mask["domain"], mask["rate"]) for mask in found] == [(None, 0.2), ("web", 0.6)]
+    with pytest.raises(DropoutError, match="No rates of the data domain 'wbe' .* those of web"):
+        mask_of_run(RunFolder(tmp_path), 1, 0, site, 7, "mc", "wbe")

@@ -148,14 +148,16 @@ def write_data(folder):
     for split, size in SIZES.items():
         labels = [("animal", "colour", "plant")[(number * number) % 3] for number in range(size)]
         rows = {"text": [text(number) for number in range(size)], "label": labels}
-        prices = {"price": [number / 4 for number in range(size)]}
-        pd.DataFrame(rows | prices).to_parquet(folder / f"{split}.parquet")
+        own = {"price": [number / 4 for number in range(size)]}
+        own["place"] = [("web", "forum", "mail")[number % 3] for number in range(size)]
+        pd.DataFrame(rows | own).to_parquet(folder / f"{split}.parquet")
     far = [json.dumps({"text": text(number, WORDS[::-1]) * 2}) for number in range(15)]
     (folder / "far.jsonl").write_text("\n".join(far))
 
 
 def config_in(folder, task):
     kind, dropout = ("bert", {"hidden": 0.1, "attention": 0.1, "head": 0.3})
+    dropout["domains"] = {"forum": {"hidden": 0.3}}
     if task == GENERATION:
         kind, dropout = ("llama", {"insert": {"embedding": 0.1, "hidden": 0.2}})
     files = {split: str(folder / f"{split}.parquet") for split in SIZES}
@@ -171,6 +173,7 @@ def config_in(folder, task):
                 "data_files": files,
                 "max_length": 12,
                 "ood": {"far": far},
+                "domain_column_name": "place" if task == CLASSES else None,
             },
             "train": {"global_batch_size": 4, "use_cpu": True},
             "dropout": dropout,

@@ -6,6 +6,7 @@ import torch
 from scipy.special import logsumexp, softmax
 from scipy.stats import entropy
 
+from pipeline.evaluation.fitted import Fitted, read_fitted, write_fitted
 from pipeline.evaluation.ood import (
     SCORES,
     Score,
@@ -17,6 +18,7 @@ from pipeline.evaluation.ood import (
 from pipeline.evaluation.ood import logits as logit_scores
 from pipeline.evaluation.token_uncertainty import TokenSums
 from pipeline.evaluation.uncertainty import MonteCarloSums
+from pipeline.records import RunFolder
 
 N, C, D = 40, 4, 6
 CLASSIFIER = {
@@ -69,6 +71,24 @@ def test_a_language_model_gets_the_token_scores_and_one_class():
 
 def test_without_detectors_feature_scores_are_left_out():
     assert set(score_rows(classifier_sources())) == CLASSIFIER - {"mahalanobis", "knn"}
+
+
+def test_every_detector_is_restored_to_the_last_bit(tmp_path):
+    run, fitted = RunFolder(tmp_path), Fitted("v1", detectors(), 1.25)
+    write_fitted(run, fitted)
+    found = read_fitted(run, "v1")
+    assert found.temperature == 1.25
+    assert set(found.detectors) == {name for name, score in SCORES.items() if score.detector}
+    expected = score_rows(classifier_sources(), fitted.detectors)
+    for name, values in score_rows(classifier_sources(), found.detectors).items():
+        np.testing.assert_array_equal(values, expected[name])
+
+
+def test_detectors_score_batches_each_in_its_place():
+    batches = torch.randperm(N).split(7)
+    found = score_rows(classifier_sources(), detectors(), [part.tolist() for part in batches])
+    for name, values in score_rows(classifier_sources(), detectors()).items():
+        np.testing.assert_allclose(found[name], values, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", sorted(SCORES))
