@@ -80,18 +80,18 @@ def load_raw(config: RunConfig) -> RawData:
     return RawData(**rows, ood=ood, label_names=names, notes=tuple(notes))
 
 
-def prepare_data(config: RunConfig, raw: RawData, tokenizer: Any) -> PreparedData:
-    """Tokenises every split; the limits on samples are applied here, by key."""
+def prepare_data(config: RunConfig, raw: RawData, processor: Any) -> PreparedData:
+    """Makes model inputs of every split; the limits on samples are applied here, by key."""
     modality, data = MODALITIES[config.model.task], config.data
 
     def prepare(
         rows: "Dataset", source: DataSource, names: LabelNames, limit: int | None
     ) -> "Dataset":
-        found = modality.prepare(rows, source, config, tokenizer, names, max_samples=limit)
+        found = modality.prepare(rows, source, config, processor, names, max_samples=limit)
         return with_domains(found, rows, config)
 
     names, limit = raw.label_names, data.max_eval_samples
-    notes = (*raw.notes, *modality.notes(tokenizer))
+    notes = (*raw.notes, *modality.notes(processor))
     parts = {
         "train": prepare(raw.train, data, names, data.max_train_samples),
         "validation": prepare(raw.validation, data, names, limit),
@@ -220,7 +220,7 @@ def _problems(
     """What is wrong with the columns, and if the text is there with what they hold."""
     if not len(rows):
         return [f"{place}: there are no rows"]
-    needed = {"text_column_name": source.text_column_name}
+    needed = modality.inputs(source)
     if needs_labels:
         needed["label_column_name"] = source.label_column_name
     missing = {key: column for key, column in needed.items() if column not in rows.column_names}
@@ -229,7 +229,7 @@ def _problems(
         f"there is no column {column!r}; there are: {existing}. Name the right one with {key}"
         for key, column in missing.items()
     ]
-    if "text_column_name" not in missing:
+    if not missing.keys() & needed.keys() - {"label_column_name"}:
         judged = None if "label_column_name" in missing else names
         problems += modality.problems(rows, source, judged)
     return [f"{place}: {problem}" for problem in problems]

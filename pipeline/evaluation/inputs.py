@@ -65,7 +65,7 @@ def require_usable(rows: "Dataset", config: RunConfig, label_names: LabelNames) 
 
 
 def prepare_inputs(
-    rows: "Dataset", config: RunConfig, tokenizer: Any, label_names: LabelNames
+    rows: "Dataset", config: RunConfig, processor: Any, label_names: LabelNames
 ) -> "Dataset":
     """Usable rows as the model takes them, numbered by their `sample_id` column or else by place.
 
@@ -75,7 +75,7 @@ def prepare_inputs(
         DataError: there is nothing that the model could predict.
     """
     modality, source = MODALITIES[config.model.task], config.data
-    prepared = modality.prepare(rows, source, config, tokenizer, None)
+    prepared = modality.prepare(rows, source, config, processor, None)
     prepared = with_domains(prepared, rows, config)
     if label_names is not None and source.label_column_name in rows.column_names:
         number = {name: place for place, name in enumerate(label_names)}

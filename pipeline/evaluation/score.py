@@ -36,7 +36,7 @@ from pipeline.evaluation.samples import (
 )
 from pipeline.modality.bundle import LabelNames
 from pipeline.records import RunFolder
-from pipeline.trained import model_version, trained_label_names, trained_tokenizer
+from pipeline.trained import model_version, trained_label_names, trained_processor
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -74,7 +74,7 @@ def score(
         _require_free_names(rows, config, label_names)
         require_usable(rows, config, label_names)
         scorer = _Scorer.of(run, config)
-        prepared = prepare_inputs(rows, config, scorer.tokenizer, scorer.label_names)
+        prepared = prepare_inputs(rows, config, scorer.processor, scorer.label_names)
         scorer.agree(prepared)
         if parallel.is_main():
             say(f"Scoring {len(prepared)} rows.")
@@ -131,7 +131,7 @@ class _Scorer:
 
     config: RunConfig
     plan: DropoutPlan
-    tokenizer: Any
+    processor: Any
     label_names: LabelNames
     fitted: Fitted
     predictor: Predictor
@@ -141,9 +141,9 @@ class _Scorer:
         plan = read_plan(run, config)
         agreement.agree(agreement.start_facts(config))
         fitted = read_fitted(run, model_version(run))
-        tokenizer = trained_tokenizer(run, config)
-        predictor = open_predictor(run, config, plan, tokenizer)
-        return cls(config, plan, tokenizer, trained_label_names(run), fitted, predictor)
+        processor = trained_processor(run, config)
+        predictor = open_predictor(run, config, plan, processor)
+        return cls(config, plan, processor, trained_label_names(run), fitted, predictor)
 
     def agree(self, prepared: "Dataset") -> None:
         """All processes see the same rows, and draw the same masks."""
@@ -162,7 +162,7 @@ class _Scorer:
         number = {place: index for index, place in enumerate(ran)}
         among_them = [[number[place] for place in batch] for batch in batches]
         scores = judge.scores_of(prediction, self.fitted.detectors, among_them)
-        origin = Origin(self.label_names, self.fitted.temperature, unknown_token(self.tokenizer))
+        origin = Origin(self.label_names, self.fitted.temperature, unknown_token(self.processor))
         return scored_table(prediction, prepared.select(ran), among_them, scores, origin)
 
     def signed(self, scored: pa.Table, carried: pa.Table | None) -> pa.Table:
@@ -189,7 +189,7 @@ def _prepared_again(table: pa.Table, config: RunConfig, scorer: _Scorer) -> "Dat
     if domain is not None and domain in table.column_names:
         columns[domain] = table[domain].to_pylist()
     rows = Dataset.from_dict(columns)
-    return prepare_inputs(rows, config, scorer.tokenizer, scorer.label_names)
+    return prepare_inputs(rows, config, scorer.processor, scorer.label_names)
 
 
 def _batches_again(

@@ -41,7 +41,7 @@ from pipeline.exhibits import Exhibit, Table
 from pipeline.modality.bundle import chosen
 from pipeline.records import RunFolder, read_jsonl, write_json
 from pipeline.tracking import open_tracker
-from pipeline.trained import model_version, require_same_labels, trained_tokenizer
+from pipeline.trained import model_version, require_same_labels, trained_processor
 
 Say = Callable[[str], None]
 Exhibits = Callable[[RunFolder], Mapping[str, Exhibit]]
@@ -111,17 +111,17 @@ def _agree_on_masks(predictor: Predictor, data: PreparedData) -> None:
 class _Opened:
     raw: RawData
     data: PreparedData
-    tokenizer: Any
+    processor: Any
     predictor: Predictor
 
 
 def _open(run: RunFolder, config: RunConfig, plan: DropoutPlan) -> _Opened:
-    tokenizer = trained_tokenizer(run, config)
+    processor = trained_processor(run, config)
     with parallel.main_first():
         raw = load_raw(config)
-        data = prepare_data(config, raw, tokenizer)
+        data = prepare_data(config, raw, processor)
     require_same_labels(run, data)
-    return _Opened(raw, data, tokenizer, open_predictor(run, config, plan, tokenizer))
+    return _Opened(raw, data, processor, open_predictor(run, config, plan, processor))
 
 
 def _rows_to_fit(data: PreparedData, config: RunConfig) -> Any:
@@ -236,7 +236,7 @@ def _scored(
     fitted: Fitted,
 ) -> dict[str, pa.Table]:
     """Scored rows of every split that is reported."""
-    unknown = unknown_token(opened.tokenizer)
+    unknown = unknown_token(opened.processor)
     origin = Origin(opened.data.label_names, fitted.temperature, unknown)
     return {
         split: scored_table(

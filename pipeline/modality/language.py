@@ -14,6 +14,7 @@ from pipeline.errors import ModelError
 from pipeline.modality import losses
 from pipeline.modality.bundle import LabelNames, Modality, chosen, register
 from pipeline.modality.labels import label_names_of, label_numbers, label_problems, row_list
+from pipeline.modality.tokenizer import fit_to_tokenizer, load_tokenizer, token_example
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -274,6 +275,20 @@ def generation_notes(tokenizer: Any) -> list[str]:
     return notes
 
 
+def _text_column(source: DataSource) -> dict[str, str]:
+    return {"text_column_name": source.text_column_name}
+
+
+def tokenizer_of_rows(config: RunConfig, rows: "Dataset | None" = None) -> Any:
+    """The model's tokenizer, or one trained on the text of these rows."""
+    return load_tokenizer(config, [] if rows is None else rows[config.data.text_column_name])
+
+
+def token_lengths(rows: "Dataset") -> list[int]:
+    """Tokens of each sample."""
+    return [len(ids) for ids in rows["input_ids"][:]]
+
+
 TEXT_CLASSIFICATION = register(
     Modality(
         task="text-classification",
@@ -281,6 +296,11 @@ TEXT_CLASSIFICATION = register(
         metric_names=("loss", "accuracy", "ece"),
         one_sample_a_row=True,
         needs_labels=True,
+        inputs=_text_column,
+        load_processor=tokenizer_of_rows,
+        fit=fit_to_tokenizer,
+        example=token_example,
+        lengths=token_lengths,
         label_names=lambda rows, source: label_names_of(rows, source.label_column_name),
         problems=classification_problems,
         prepare=prepare_classification,
@@ -299,6 +319,11 @@ TEXT_GENERATION = register(
         metric_names=("loss", "perplexity", "accuracy"),
         one_sample_a_row=False,
         needs_labels=False,
+        inputs=_text_column,
+        load_processor=tokenizer_of_rows,
+        fit=fit_to_tokenizer,
+        example=token_example,
+        lengths=token_lengths,
         label_names=lambda rows, source: None,
         problems=generation_problems,
         prepare=prepare_blocks,
