@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from pipeline.dropout import doors
+from pipeline.dropout.attention import open_attention
 from pipeline.dropout.concrete import LearnedRates, learned_rates_of
 from pipeline.dropout.key import derive_keys, signed
 from pipeline.dropout.layer_drop import LAYER, open_layers, stacks_keep_layers
@@ -72,6 +73,7 @@ class KeyedDropout:
         self._span_files = modelling_files(self._names) if SPECTROGRAM in planned else []
         self._undo = [
             doors.open_modules(self._names, self._draw),
+            open_attention(self._names, self._attends),
             doors.open_inserted(self._names, noisy, self._draw_noise),
             doors.open_inserted(self._names, inserted, self._draw),
             open_layers(self._names, {s.site for s in plan.in_force(LAYER)}, self._leaves_out),
@@ -264,6 +266,13 @@ class KeyedDropout:
         if self.observer is not None:
             self.observer(mask, active, key, x)
         return mask.apply(active, key, x)
+
+    def _attends(self, site: str, rate: float) -> doors.SiteRate | float:
+        """Attention by transformers' interface: the rate that its dropout brings to `_draw`."""
+        if self._active() is None:
+            self._without_context(site, rate)
+            return 0.0
+        return doors.SiteRate(site, self._draw, rate)
 
     def _draw_noise(self, door: str, site: str, x: Tensor, rate: float) -> Tensor:
         """NEFTune: the hook of an inserted site, under its own door; only training draws."""
