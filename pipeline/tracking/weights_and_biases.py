@@ -225,7 +225,7 @@ class WandbTracker:
                 return
             self._failure = " ".join(reason.split()).rstrip(".")
         logger.warning(
-            "Weights & Biases (%s) is dropped: %s. The run goes on without it; its numbers are in %s.",
+            "Weights & Biases (%s) is dropped: %s. All goes on without it; the numbers are in %s.",
             self._mode,
             self._failure,
             self._folder.path,
