@@ -19,15 +19,17 @@ from torch import Tensor, nn
 from pipeline.dropout import doors
 from pipeline.dropout.attention import open_attention
 from pipeline.dropout.concrete import LearnedRates, learned_rates_of
+from pipeline.dropout.jitter import open_jitter
 from pipeline.dropout.key import derive_keys, signed
 from pipeline.dropout.layer_drop import LAYER, open_layers, stacks_keep_layers
 from pipeline.dropout.masks import ActiveMasks, SiteCall, SiteMask
-from pipeline.dropout.noise import NOISE, NoiseMask
+from pipeline.dropout.noise import NOISE, JitterMask, NoiseMask
 from pipeline.dropout.plan import DropoutPlan
 from pipeline.dropout.positions import StackInputs, is_stack
+from pipeline.dropout.residual import is_residual, open_residuals
 from pipeline.dropout.schedules import Limits, done_at, limits_at
 from pipeline.dropout.shards import Shards, shards_by_site
-from pipeline.dropout.sites import AUGMENTATION
+from pipeline.dropout.sites import AUGMENTATION, JITTER
 from pipeline.dropout.spectrogram import (
     SPECTROGRAM,
     SpanMask,
@@ -40,6 +42,7 @@ from pipeline.errors import DropoutError, LeakError
 
 __all__ = ["ActiveMasks", "KeyedDropout", "Observer"]
 
+_MASKS: dict[str, type[SiteMask]] = {NOISE: NoiseMask, JITTER: JitterMask}
 Observer = Callable[[SiteMask | SpanMask, ActiveMasks, Tensor, Tensor], None]
 """Told of every draw before it happens: site, coordinates in force, key, tensor."""
 
@@ -78,6 +81,8 @@ class KeyedDropout:
             doors.open_inserted(self._names, inserted, self._draw),
             open_layers(self._names, {s.site for s in plan.in_force(LAYER)}, self._leaves_out),
             open_features(self._names if self._span_files else {}),
+            open_jitter(self._names, self._draw, {s.site for s in plan.sites if s.door == JITTER}),
+            open_residuals(self._names, self._draw),
             self._watch_calls({site.site for site in plan.sites}),
             lambda: doors.unwrap_checkpointing(self._checkpointed),
         ]
@@ -127,7 +132,7 @@ class KeyedDropout:
         for site in self.plan.in_force():
             around = {n for n in stacks if not n or f"{site.site}.".startswith(f"{n}.")}
             nearest = tuple(sorted(around, key=len, reverse=True))
-            kind = NoiseMask if site.door == NOISE else SiteMask
+            kind = _MASKS.get(site.door, SiteMask)
             result[site.door, site.site, site.call] = kind(site, nearest)
         rates = learned_rates_of(self.model)
         for place, site in enumerate(rates.sites if rates else ()):
@@ -354,7 +359,11 @@ def _check(plan: DropoutPlan, names: dict[nn.Module, str]) -> None:
             f"{', '.join(absent[:5])}. The plan was made for another model: delete the run folder, "
             "or use the configuration it came from."
         )
-    dropouts = {n for m, n in names.items() if isinstance(m, nn.Dropout) or doors.is_path(m)}
+    dropouts = {
+        n
+        for m, n in names.items()
+        if isinstance(m, nn.Dropout) or doors.is_path(m) or is_residual(m)
+    }
     planned = plan.in_force(doors.MODULE) + plan.in_force(doors.PATH)
     wrong = [s.site for s in planned if s.site not in dropouts]
     if wrong:

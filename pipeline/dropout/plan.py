@@ -24,6 +24,7 @@ from pipeline.dropout.positions import is_stack
 from pipeline.dropout.rates import problems_of, with_rates
 from pipeline.dropout.sites import (
     AUGMENTATION,
+    JITTER,
     ROLE_OF_ATTRIBUTE,
     ROLE_OF_DOOR,
     SAMPLE_FIRST,
@@ -192,6 +193,7 @@ _DOOR_NOTES = {
     "layer": "LayerDrop leaves a layer out for all samples of a step, under every engine, and in "
     "Monte-Carlo passes; its parameters then get gradients of zero (DDP finds none unused).",
     "spectrogram": "SpecAugment masks spans in training only: Monte-Carlo passes see all features.",
+    JITTER: "A router's jitter is drawn in training only.",
 }
 
 
@@ -238,6 +240,8 @@ class _Traces:
 
     def attribute(self, call: Call) -> str | None:
         """The field that a call's rate comes from."""
+        if call.door == JITTER:
+            return None
         if call.door == doors.PATH:  # a share of its field's rate, which no other door reads
             paths = (n for n in self.tags if ROLE_OF_ATTRIBUTE[_field_name(n)] == "path")
             return next(paths, None)

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from pipeline.dropout import doors
 from pipeline.dropout.attention import open_attention
 from pipeline.dropout.audit import Leak, audited
+from pipeline.dropout.jitter import open_jitter
 from pipeline.dropout.layer_drop import LAYER, stacks_keep_layers
+from pipeline.dropout.residual import open_residuals
 from pipeline.dropout.spectrogram import (
     SPECTROGRAM,
     SpanRequest,
@@ -83,6 +85,8 @@ def opened(names: dict[nn.Module, str], inserted: set[str], record: doors.Draw) 
         doors.open_modules(names, record),
         open_attention(names, lambda site, rate: doors.SiteRate(site, record, rate)),
         doors.open_inserted(names, inserted, record),
+        open_jitter(names, record),
+        open_residuals(names, record),
     ]
     try:
         with (
