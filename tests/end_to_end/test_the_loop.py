@@ -1,4 +1,4 @@
-"""The loop: train, evaluate, quiet windows, drift, alert, replay; each test goes on from the last."""
+"""The loop: train, evaluate, quiet windows, drift, alert, replay; tests go on from each other."""
 
 import contextlib
 import io
