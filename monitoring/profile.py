@@ -262,12 +262,17 @@ def _merged_samples(first: ReferenceProfile, second: ReferenceProfile) -> pa.Tab
 
 
 def _require_mergeable(first: ReferenceProfile, second: ReferenceProfile) -> None:
-    names = ("model_version", "task", "label_names", "num_mc_passes", "columns", "own_columns")
+    ours, theirs = _facts(first), _facts(second)
     problems = [
-        f"{name}: {getattr(first, name)} and {getattr(second, name)}"
-        for name in names
-        if getattr(first, name) != getattr(second, name)
+        f"{name}: {ours[name]} and {theirs[name]}" for name in ours if ours[name] != theirs[name]
     ]
     if problems:
         lines = "".join(f"\n  - {problem}" for problem in problems)
         raise DataError(f"These profiles are of different things and cannot be merged:{lines}")
+
+
+def _facts(profile: ReferenceProfile) -> dict[str, Any]:
+    """What must be the same in profiles of parts."""
+    names = ("model_version", "task", "label_names", "num_mc_passes", "columns", "own_columns")
+    bins = 0 if profile.calibration is None else len(profile.calibration.count)
+    return {**{name: getattr(profile, name) for name in names}, "calibration bins": bins}

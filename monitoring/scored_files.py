@@ -19,6 +19,7 @@ FORMATS = {
     ".ndjson": "json",
     ".json": "json",
 }
+_LONGEST_ROW = 2**24  # bytes: a row must fit the blocks that files are read in
 _TEXTS = (columns.TEXT, columns.LABEL, columns.PREDICTION, columns.MODEL_VERSION)
 _TYPES = {
     **dict.fromkeys(_TEXTS, pa.string()),
@@ -79,10 +80,14 @@ def _read(path: Path, kind: str) -> pa.Table:
     if kind == "parquet":
         return pq.read_table(path)
     if kind == "json":
-        return pa.json.read_json(path)
+        return pa.json.read_json(path, pa.json.ReadOptions(block_size=_LONGEST_ROW))
     texts = dict.fromkeys(_TEXTS, pa.string())  # a class may be called 7, or true
-    options = pa.csv.ConvertOptions(column_types=texts, strings_can_be_null=True)
-    return pa.csv.read_csv(path, convert_options=options)
+    return pa.csv.read_csv(
+        path,
+        read_options=pa.csv.ReadOptions(block_size=_LONGEST_ROW),
+        parse_options=pa.csv.ParseOptions(newlines_in_values=True),
+        convert_options=pa.csv.ConvertOptions(column_types=texts, strings_can_be_null=True),
+    )
 
 
 def _typed(table: pa.Table, path: Path) -> pa.Table:

@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig
 
 from pipeline.adapter import peft_config_of, with_adapter
 from pipeline.config.schema import RunConfig
+from pipeline.dropout.attention import KEYED, uses_interface
 from pipeline.dropout.doors import site_names
 from pipeline.dropout.plan import Blueprint
 from pipeline.dropout.sites import ROLE_OF_ATTRIBUTE
@@ -70,11 +71,14 @@ def blueprint_of(config: RunConfig, hf_config: PreTrainedConfig) -> Blueprint:
     fields = _rate_fields(config, hf_config)
     skeleton = _skeleton(config, hf_config, fields, "meta")
     _check_length(config, hf_config, skeleton)
-    _check_attention(config, hf_config)
+    _check_attention(config, hf_config, skeleton)
     device = _trace_device(hf_config, skeleton, modality.example)
 
     def build(rates: Mapping[str, float | None]) -> nn.Module:
         return _skeleton(config, hf_config, rates, device)
+
+    def build_keyed(rates: Mapping[str, float | None]) -> nn.Module:
+        return _skeleton(config, hf_config, rates, device, KEYED)
 
     def example(batch_size: int, length: int) -> dict[str, Any]:
         return modality.example(hf_config, batch_size, length, device)
@@ -87,25 +91,31 @@ def blueprint_of(config: RunConfig, hf_config: PreTrainedConfig) -> Blueprint:
         has_classification_head=modality.needs_labels,
         insertable=_insertable,
         attention_refusal=_attention_refusal(config.model.attn_implementation),
+        build_keyed=build_keyed if config.model.attn_implementation in (None, KEYED) else None,
     )
 
 
 def _attention_refusal(implementation: str | None) -> str:
-    if implementation in (None, "eager"):
+    if implementation in (None, "eager", KEYED):
         return ""
     return (
         f"model.attn_implementation is {implementation}, whose fused kernel draws its own masks; "
-        "use `attn_implementation: eager`, or set dropout.attention to 0"
+        "leave it out (or use `attn_implementation: eager`), or set dropout.attention to 0"
     )
 
 
-def _check_attention(config: RunConfig, hf_config: PreTrainedConfig) -> None:
+def _check_attention(config: RunConfig, hf_config: PreTrainedConfig, skeleton: nn.Module) -> None:
     """The implementation asked for exists, for this model and on this machine.
 
     One named `owner/kernel` is fetched from the hub when the model is loaded.
     """
     asked = config.model.attn_implementation
-    if asked in (None, "eager") or "/" in asked:
+    if asked == KEYED and not uses_interface(skeleton):
+        raise ModelError(
+            f"model.attn_implementation is {KEYED}, but {hf_config.model_type} does not compute "
+            "its attention through transformers' interface. Leave it out: eager then serves."
+        )
+    if asked in (None, "eager", KEYED) or "/" in asked:
         return
     try:
         with torch.device("meta"):
@@ -131,13 +141,17 @@ def _check_direction(config: RunConfig, hf_config: PreTrainedConfig) -> None:
 
 
 def _skeleton(
-    config: RunConfig, hf_config: PreTrainedConfig, rates: Mapping[str, float | None], device: str
+    config: RunConfig,
+    hf_config: PreTrainedConfig,
+    rates: Mapping[str, float | None],
+    device: str,
+    attention: str = "eager",
 ) -> nn.Module:
     tagged = copy.deepcopy(hf_config)
     set_rates(tagged, rates)
     with torch.random.fork_rng(devices=[]), torch.device(device):
         try:
-            model = auto_class(config).from_config(tagged, attn_implementation="eager")
+            model = auto_class(config).from_config(tagged, attn_implementation=attention)
         except Exception as error:  # whatever a modelling file says of a configuration
             first_line = str(error).strip().partition("\n")[0].rstrip(".")
             raise ModelError(

@@ -142,10 +142,8 @@ def _planned_config(
 def _load_options(
     config: RunConfig, hf_config: PreTrainedConfig, plan: DropoutPlan
 ) -> dict[str, Any]:
-    live_attention = any(site.role == "attention" for site in plan.in_force())
-    implementation = config.model.attn_implementation or ("eager" if live_attention else None)
     return {
-        "attn_implementation": implementation,
+        "attn_implementation": config.model.attn_implementation or plan.attn_implementation,
         "dtype": getattr(torch, config.model.dtype),
         "use_safetensors": True,
     }

@@ -18,7 +18,7 @@ from pipeline.errors import DropoutError, ModelError
 if TYPE_CHECKING:
     from datasets import Dataset
 
-ISOLATING = ("eager", "sdpa")
+ISOLATING = ("eager", "keyed", "sdpa")
 WHOLE_SAMPLE = {"path": "one decision a sample", "noise": "noise by the sample's length"}
 PROBE_LENGTH = 6
 
@@ -100,7 +100,8 @@ def _fault(model: nn.Module) -> str | None:
     """Why this model cannot hold documents apart, found by trying; None where it can."""
     config: Any = model.config
     if config._attn_implementation not in ISOLATING:
-        return f"runs with attn_implementation {config._attn_implementation} (known: eager, sdpa)"
+        known = ", ".join(ISOLATING)
+        return f"runs with attn_implementation {config._attn_implementation} (known: {known})"
     ids = torch.arange(2 * PROBE_LENGTH) % (config.get_text_config().vocab_size - 1)
     first, other, second = ids[:PROBE_LENGTH], ids[:PROBE_LENGTH] + 1, ids[PROBE_LENGTH:]
     try:

@@ -117,7 +117,7 @@ class DataPolicy(Section):
 
     new: list[str] = []
     """Files (patterns such as `labels/*.jsonl`) with labelled rows: parquet, CSV or JSON lines with the recipe's columns."""
-    replay_share: Share = 0.5
+    replay_share: Share = 1.0
     """Share of the old rows (the recipe's training rows, and new rows of promoted retrainings), drawn by key."""
     minimum_new_rows: Annotated[int, Field(ge=0)] = 0
     """With fewer usable new rows the retraining is rejected before it trains."""

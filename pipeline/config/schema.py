@@ -40,7 +40,7 @@ class ModelConfig(Section):
     trust_remote_code: bool = False
     """Run code from the hub repository. Leave off unless you have read it."""
     attn_implementation: str | None = None
-    """`eager`, `sdpa`, `flash_attention_2`, ...; by default eager where attention dropout is live, else the model's own."""
+    """`eager`, `sdpa`, `flash_attention_2`, ...; by default `keyed` (or `eager`) where attention dropout is live, else the model's own."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Data type the weights are loaded in."""
     quantization_config: dict[str, Any] | None = None
@@ -235,7 +235,7 @@ class DropoutConfig(Section):
 
     embedding: RoleDropout | None = None
     attention: RoleDropout | None = None
-    """On attention probabilities; needs `attn_implementation: eager`, chosen by itself."""
+    """On attention probabilities; needs `attn_implementation: keyed` or `eager`, chosen by itself."""
     hidden: RoleDropout | None = None
     """On the outputs of attention and feed-forward blocks."""
     activation: RoleDropout | None = None

@@ -17,16 +17,19 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from pipeline.dropout import doors
+from pipeline.dropout.attention import open_attention
 from pipeline.dropout.concrete import LearnedRates, learned_rates_of
+from pipeline.dropout.jitter import open_jitter
 from pipeline.dropout.key import derive_keys, signed
 from pipeline.dropout.layer_drop import LAYER, open_layers, stacks_keep_layers
 from pipeline.dropout.masks import ActiveMasks, SiteCall, SiteMask
-from pipeline.dropout.noise import NOISE, NoiseMask
+from pipeline.dropout.noise import NOISE, JitterMask, NoiseMask
 from pipeline.dropout.plan import DropoutPlan
 from pipeline.dropout.positions import StackInputs, is_stack
+from pipeline.dropout.residual import is_residual, open_residuals
 from pipeline.dropout.schedules import Limits, done_at, limits_at
 from pipeline.dropout.shards import Shards, shards_by_site
-from pipeline.dropout.sites import AUGMENTATION
+from pipeline.dropout.sites import AUGMENTATION, JITTER
 from pipeline.dropout.spectrogram import (
     SPECTROGRAM,
     SpanMask,
@@ -39,6 +42,7 @@ from pipeline.errors import DropoutError, LeakError
 
 __all__ = ["ActiveMasks", "KeyedDropout", "Observer"]
 
+_MASKS: dict[str, type[SiteMask]] = {NOISE: NoiseMask, JITTER: JitterMask}
 Observer = Callable[[SiteMask | SpanMask, ActiveMasks, Tensor, Tensor], None]
 """Told of every draw before it happens: site, coordinates in force, key, tensor."""
 
@@ -72,10 +76,13 @@ class KeyedDropout:
         self._span_files = modelling_files(self._names) if SPECTROGRAM in planned else []
         self._undo = [
             doors.open_modules(self._names, self._draw),
+            open_attention(self._names, self._attends),
             doors.open_inserted(self._names, noisy, self._draw_noise),
             doors.open_inserted(self._names, inserted, self._draw),
             open_layers(self._names, {s.site for s in plan.in_force(LAYER)}, self._leaves_out),
             open_features(self._names if self._span_files else {}),
+            open_jitter(self._names, self._draw, {s.site for s in plan.sites if s.door == JITTER}),
+            open_residuals(self._names, self._draw),
             self._watch_calls({site.site for site in plan.sites}),
             lambda: doors.unwrap_checkpointing(self._checkpointed),
         ]
@@ -125,7 +132,7 @@ class KeyedDropout:
         for site in self.plan.in_force():
             around = {n for n in stacks if not n or f"{site.site}.".startswith(f"{n}.")}
             nearest = tuple(sorted(around, key=len, reverse=True))
-            kind = NoiseMask if site.door == NOISE else SiteMask
+            kind = _MASKS.get(site.door, SiteMask)
             result[site.door, site.site, site.call] = kind(site, nearest)
         rates = learned_rates_of(self.model)
         for place, site in enumerate(rates.sites if rates else ()):
@@ -265,6 +272,13 @@ class KeyedDropout:
             self.observer(mask, active, key, x)
         return mask.apply(active, key, x)
 
+    def _attends(self, site: str, rate: float) -> doors.SiteRate | float:
+        """Attention by transformers' interface: the rate that its dropout brings to `_draw`."""
+        if self._active() is None:
+            self._without_context(site, rate)
+            return 0.0
+        return doors.SiteRate(site, self._draw, rate)
+
     def _draw_noise(self, door: str, site: str, x: Tensor, rate: float) -> Tensor:
         """NEFTune: the hook of an inserted site, under its own door; only training draws."""
         is_training = self._active() is not None or self.model.training
@@ -345,7 +359,11 @@ def _check(plan: DropoutPlan, names: dict[nn.Module, str]) -> None:
             f"{', '.join(absent[:5])}. The plan was made for another model: delete the run folder, "
             "or use the configuration it came from."
         )
-    dropouts = {n for m, n in names.items() if isinstance(m, nn.Dropout) or doors.is_path(m)}
+    dropouts = {
+        n
+        for m, n in names.items()
+        if isinstance(m, nn.Dropout) or doors.is_path(m) or is_residual(m)
+    }
     planned = plan.in_force(doors.MODULE) + plan.in_force(doors.PATH)
     wrong = [s.site for s in planned if s.site not in dropouts]
     if wrong:

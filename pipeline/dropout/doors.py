@@ -51,6 +51,13 @@ def _keyed_class(original: type[nn.Module], mixin: type) -> type[nn.Module]:
     return type(name, (mixin, original), {"__module__": original.__module__})
 
 
+class SiteRate:
+    """A rate that carries its site: the modelling file hands it to `nn.functional.dropout`."""
+
+    def __init__(self, site: str, draw: Draw, rate: float) -> None:
+        self.site, self.draw, self.rate = site, draw, rate
+
+
 def site_names(model: nn.Module) -> dict[nn.Module, str]:
     """Every module of a (possibly wrapped) model with its name in the bare model."""
     # The dot lets a name be recognised that is nothing but a wrapper: DDP's `module` is the root.
@@ -114,13 +121,15 @@ def open_inserted(names: dict[nn.Module, str], sites: set[str], draw: Draw) -> C
 def open_functional(find: Callable[[nn.Module], tuple[str, Draw] | None]) -> Iterator[None]:
     """Route `nn.functional.dropout` through a draw function while the block runs.
 
-    The site is the nearest caller whose `self` or `module` is a module that `find` knows. Calls
-    from elsewhere keep torch's own dropout.
+    A `SiteRate` names its site. Otherwise it is the nearest caller whose `self` or `module` is a
+    module that `find` knows; calls from elsewhere keep torch's own dropout.
     """
 
     def dropout(
-        input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
+        input: Tensor, p: float | SiteRate = 0.5, training: bool = True, inplace: bool = False
     ) -> Tensor:
+        if isinstance(p, SiteRate):
+            return p.draw(FUNCTIONAL, p.site, input, p.rate if training else 0.0)
         found = _calling_site(find)
         if found is None:
             return previous(input, p, training, inplace)

@@ -150,8 +150,8 @@ def _learned_rate(run: RunFolder, site: Site, purpose: str) -> float:
 
 
 def _keep(site: Site, key: int, sample: int, rate: float) -> Tensor:
-    if site.variant == "noise":
-        raise DropoutError(f"{site.label} adds noise to embeddings: it has no mask.")
+    if find_variant(site.variant).kernel == "noise":
+        raise DropoutError(f"{site.label} adds noise: it has no mask.")
     key_row, sample_row = (torch.tensor([[signed(value)]]) for value in (key, row_id(sample)))
     limits = torch.tensor([[threshold(rate)]]), torch.ones(1, 1)
     variant = find_variant(site.variant)

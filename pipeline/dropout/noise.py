@@ -1,4 +1,4 @@
-"""NEFTune: uniform noise on the token embeddings, keyed by sample, position and feature.
+"""Uniform noise keyed by sample, position and feature: NEFTune's on embeddings, a router's jitter.
 
 Jain et al., "NEFTune: Noisy Embeddings Improve Instruction Finetuning", ICLR 2024: uniform(-1, 1)
 times alpha / sqrt(L d), L the sample's own number of tokens (transformers takes the padded length,
@@ -78,6 +78,26 @@ class NoiseMask(SiteMask):
         if attended is None:
             return torch.full((len(x), 1), x.shape[1])
         return attended.sum(-1, keepdim=True).clamp(min=1)
+
+
+class JitterMask(SiteMask):
+    """The planned jitter: not a mask that drops, but drawn by the same coordinates."""
+
+    def __init__(self, site: Site, stacks: tuple[str, ...]) -> None:
+        super().__init__(replace(site, rate=0.0, shape=(1, 1)), stacks)
+        self.site = site
+
+    def apply(self, active: ActiveMasks, key: Tensor, x: Tensor) -> Tensor:
+        """Multiply tokens `[B, T, D]` or `[B x T, D]` in place, as the models do.
+
+        In place on purpose: some hand the same tensor to their experts.
+        """
+        B, D = active.row_ids.shape[0], x.shape[-1]
+        T = x.numel() // (B * D)
+        positions = self._positions(active, T, x.device).expand(B, T)
+        ids = active.row_ids.view(B, -1).expand(B, T)
+        noise = uniform_noise(key[:, None].expand(B, T), positions, ids, D)
+        return x.mul_((1 + self.site.rate * noise).to(x).view(x.shape))
 
 
 def uniform_noise(keys: Tensor, positions: Tensor, row_ids: Tensor, num_features: int) -> Tensor:

@@ -16,6 +16,7 @@ from torch import nn
 
 from pipeline.config.schema import DropoutConfig
 from pipeline.dropout import doors
+from pipeline.dropout.attention import KEYED, uses_interface
 from pipeline.dropout.audit import Leak
 from pipeline.dropout.mixing import mixing_notes
 from pipeline.dropout.neighbours import learning_problems, linear_neighbours, with_linears
@@ -23,6 +24,7 @@ from pipeline.dropout.positions import is_stack
 from pipeline.dropout.rates import problems_of, with_rates
 from pipeline.dropout.sites import (
     AUGMENTATION,
+    JITTER,
     ROLE_OF_ATTRIBUTE,
     ROLE_OF_DOOR,
     SAMPLE_FIRST,
@@ -31,7 +33,7 @@ from pipeline.dropout.sites import (
     role_of,
 )
 from pipeline.dropout.trace import Call, trace
-from pipeline.errors import DropoutError, RunFolderError
+from pipeline.errors import DropoutError, ModelError, RunFolderError
 
 _FIRST, _SECOND = (3, 8), (5, 7)  # samples and tokens of the traced batches; no multiples
 SiteCall = tuple[str, str, int]
@@ -47,6 +49,8 @@ class DropoutPlan:
     """Rates to build the model with, so that every live site exists: (field, rate)."""
     domains: tuple[str, ...] = ()
     """Data domains with rates of their own, by the code that rows carry."""
+    attention: str | None = None
+    """The door of attention dropout, as an `attn_implementation`; all draw the same masks."""
     num_steps: int | None = None
     """Steps of the whole training, for rates that change with progress."""
 
@@ -73,6 +77,12 @@ class DropoutPlan:
         """The sites that draw in Monte-Carlo passes too: all but augmentation."""
         return [site for site in self.in_force() if site.door not in AUGMENTATION]
 
+    @property
+    def attn_implementation(self) -> str | None:
+        """What the model must be built with; None where no attention probability is dropped."""
+        is_live = any(site.role == "attention" for site in self.in_force())
+        return (self.attention or "eager") if is_live else None
+
     def to_json(self) -> dict[str, Any]:
         return {
             "digest": self.digest,
@@ -80,6 +90,7 @@ class DropoutPlan:
             "notes": list(self.notes),
             "attributes": dict(self.attributes),
             "domains": list(self.domains),
+            "attention": self.attn_implementation,
             "num_steps": self.num_steps,
         }
 
@@ -107,6 +118,7 @@ class DropoutPlan:
             notes=tuple(data["notes"]),
             attributes=tuple(data["attributes"].items()),
             domains=tuple(data.get("domains", ())),
+            attention=data.get("attention"),
             num_steps=data.get("num_steps"),
         )
 
@@ -118,7 +130,9 @@ class DropoutPlan:
             name = site.label
             variant = f"{site.variant} {site.block_size}" * (site.variant == "block")
             rate = f"{site.rate:g}" + f" ({site.changes})" * bool(site.changes)
-            rows.append((name, site.role, variant or site.variant, rate, site.door, state))
+            is_keyed = site.role == "attention" and self.attention == KEYED
+            door = "interface" if is_keyed and site.in_force else site.door
+            rows.append((name, site.role, variant or site.variant, rate, door, state))
         widths = [max(len(row[column]) for row in rows) for column in range(5)]
         lines = ["  ".join(c.ljust(w) for c, w in zip(r, [*widths, 0], strict=True)) for r in rows]
         live = f"{len(self.in_force())} of {len(self.sites)} sites in force, digest {self.digest}"
@@ -138,6 +152,7 @@ class Blueprint:
         has_classification_head: whether there is one.
         insertable: modules by role (`embedding`, `hidden`) whose output can get an inserted site.
         attention_refusal: why attention dropout cannot be in force, or "".
+        build_keyed: as `build`, with `attn_implementation: keyed`; None where eager was asked for.
     """
 
     build: Callable[[Mapping[str, float | None]], nn.Module]
@@ -147,6 +162,7 @@ class Blueprint:
     has_classification_head: bool
     insertable: Callable[[nn.Module], dict[str, list[str]]]
     attention_refusal: str = ""
+    build_keyed: Callable[[Mapping[str, float | None]], nn.Module] | None = None
 
 
 def make_plan(blueprint: Blueprint, config: DropoutConfig) -> DropoutPlan:
@@ -161,25 +177,45 @@ def make_plan(blueprint: Blueprint, config: DropoutConfig) -> DropoutPlan:
     sites = _with_neighbours(with_rates(found, config), traces, blueprint)
     problems = problems_of(sites, traces.leaks, config, blueprint.attention_refusal)
     problems += learning_problems(sites)
+    attention = _attention_door(sites, traces, blueprint)
     if problems:
         listed = "\n".join(f"  - {problem}" for problem in problems)
         raise DropoutError(f"The dropout plan cannot be made:\n{listed}")
     leaks = tuple(f"randomness outside the plan: {leak}" for leak in traces.leaks)
     notes = (*leaks, *traces.mixing, *_door_notes(sites))
     build_rates = _build_rates(sites, traces, blueprint)
-    return DropoutPlan(sites, notes, build_rates, domains=tuple(sorted(config.domains)))
+    return DropoutPlan(
+        sites, notes, build_rates, domains=tuple(sorted(config.domains)), attention=attention
+    )
 
 
 _DOOR_NOTES = {
     "layer": "LayerDrop leaves a layer out for all samples of a step, under every engine, and in "
     "Monte-Carlo passes; its parameters then get gradients of zero (DDP finds none unused).",
     "spectrogram": "SpecAugment masks spans in training only: Monte-Carlo passes see all features.",
+    JITTER: "A router's jitter is drawn in training only.",
 }
 
 
 def _door_notes(sites: Sequence[Site]) -> list[str]:
     live = {site.door for site in sites if site.in_force}
     return [note for door, note in _DOOR_NOTES.items() if door in live]
+
+
+def _attention_door(sites: Sequence[Site], traces: "_Traces", blueprint: Blueprint) -> str | None:
+    """By the interface, where that draws what eager attention draws."""
+    if not any(site.in_force and site.role == "attention" for site in sites):
+        return None
+    if blueprint.build_keyed is None:
+        return "eager"
+    try:
+        model = blueprint.build_keyed(traces.tags)
+        if not uses_interface(model):
+            return "eager"
+        found, _ = trace(model, blueprint.example(*_FIRST), traces.inserted)
+    except (DropoutError, ModelError):  # an eager function that is not called as others are
+        return "eager"
+    return KEYED if found == traces.tagged else "eager"
 
 
 @dataclass(frozen=True)
@@ -204,6 +240,8 @@ class _Traces:
 
     def attribute(self, call: Call) -> str | None:
         """The field that a call's rate comes from."""
+        if call.door == JITTER:
+            return None
         if call.door == doors.PATH:  # a share of its field's rate, which no other door reads
             paths = (n for n in self.tags if ROLE_OF_ATTRIBUTE[_field_name(n)] == "path")
             return next(paths, None)

@@ -14,7 +14,7 @@ from pipeline.dropout.audit import Leak
 from pipeline.dropout.doors import INSERTED
 from pipeline.dropout.layer_drop import LAYER
 from pipeline.dropout.schedules import depth_share, layer_counts, layer_of
-from pipeline.dropout.sites import ROLE_OF_DOOR, SAMPLE_FIRST, SHARED, Site
+from pipeline.dropout.sites import JITTER, ROLE_OF_DOOR, SAMPLE_FIRST, SHARED, Site
 
 
 def with_rates(sites: Sequence[Site], config: DropoutConfig) -> tuple[Site, ...]:
@@ -89,7 +89,7 @@ def problems_of(
 
 
 def _matches(pattern: str, site: Site) -> bool:
-    is_whole = "#" in pattern or site.door == LAYER
+    is_whole = "#" in pattern or site.door in (LAYER, JITTER)
     name = site.label if is_whole else site.site
     return fnmatch.fnmatchcase(name, pattern)
 
@@ -160,7 +160,7 @@ def _schedules_without_layers(sites: Sequence[Site], config: DropoutConfig) -> l
     return problems
 
 
-_FOR_ALL_SAMPLES = ("layer", "spectrogram")
+_FOR_ALL_SAMPLES = ("layer", "spectrogram", JITTER)
 
 
 def _wrong_domains(sites: Sequence[Site], config: DropoutConfig) -> list[str]:
@@ -207,12 +207,26 @@ def _sites_that_cannot(sites: Sequence[Site], attention_refusal: str) -> list[st
     return problems
 
 
-_JITTER = ", such as a router's jitter (router_jitter_noise, input_jitter_noise, moe_jitter_eps)"
+_SAMPLED_EXPERTS = ("exponential_", "rand_like", "uniform_")
 
 
 def _leaks(leaks: Iterable[Leak]) -> list[str]:
-    return [
-        f"randomness outside the plan in {leak}{_JITTER * ('uniform_' in leak.operator)}; set its "
-        "rate in model.config_overrides to 0, or dropout.strict to false."
+    """What leaked and what to do; a router that samples its experts (Phi-MoE) is one entry."""
+    leaks = list(leaks)
+    sampling = sorted({leak.site for leak in leaks if "exponential_" in leak.operator})
+    others = [
+        leak
         for leak in leaks
+        if leak.site not in sampling or leak.operator.split(".")[1] not in _SAMPLED_EXPERTS
+    ]
+    problems = [
+        f"randomness outside the plan in {leak}; set its rate in model.config_overrides to 0, or "
+        "dropout.strict to false."
+        for leak in others
+    ]
+    return problems + [
+        f"randomness outside the plan in {site}: it samples which experts take a token, always in "
+        "training, inside a function of its own where no door is. Choose a model that takes the "
+        "likeliest ones, or set dropout.strict to false."
+        for site in sampling
     ]

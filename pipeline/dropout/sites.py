@@ -52,9 +52,10 @@ ROLE_OF_ATTRIBUTE = {
 }
 
 SAMPLE_FIRST, SHARED = "sample-first", "shared"
-AUGMENTATION = ("spectrogram", "noise")
+JITTER = "jitter"
+AUGMENTATION = ("spectrogram", "noise", JITTER)
 """Doors that draw in training only, never in Monte-Carlo passes."""
-ROLE_OF_DOOR = {"layer": "layer", "path": "path", "spectrogram": "spectrogram"}
+ROLE_OF_DOOR = {"layer": "layer", "path": "path", "spectrogram": "spectrogram", JITTER: JITTER}
 """Doors that let in one role only, which is also what they draw."""
 
 _EMBEDDING = re.compile(r"(^|\.)(embeddings?|embed_tokens|emb_dropout|wte|drop)(\.|$)")
@@ -75,8 +76,8 @@ class Site:
     site: str
     call: int
     door: str
-    """`module` (nn.Dropout), `functional` (nn.functional.dropout), `inserted`, `path`, `layer` or
-    `spectrogram`."""
+    """`module` (nn.Dropout), `functional` (nn.functional.dropout), `inserted`, `path`, `layer`,
+    `spectrogram`, `noise` or `jitter`."""
     role: str
     variant: str
     rate: float
@@ -105,8 +106,9 @@ class Site:
 
     @property
     def label(self) -> str:
-        """`site#call`; a whole layer is `site#layer`, since the layer may be a site itself."""
-        return f"{self.site}#{'layer' if self.door == 'layer' else self.call}"
+        """`site#call`; `site#layer` for a whole layer, `site#jitter` for a router's: the module may
+        be a site itself."""
+        return f"{self.site}#{self.door if self.door in ('layer', JITTER) else self.call}"
 
     @property
     def highest_rate(self) -> float:

@@ -14,8 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.dropout import doors
+from pipeline.dropout.attention import open_attention
 from pipeline.dropout.audit import Leak, audited
+from pipeline.dropout.jitter import open_jitter
 from pipeline.dropout.layer_drop import LAYER, stacks_keep_layers
+from pipeline.dropout.residual import open_residuals
 from pipeline.dropout.spectrogram import (
     SPECTROGRAM,
     SpanRequest,
@@ -80,7 +83,10 @@ def opened(names: dict[nn.Module, str], inserted: set[str], record: doors.Draw) 
     """Every door open to `record`, without masks, while the block runs."""
     undo = [
         doors.open_modules(names, record),
+        open_attention(names, lambda site, rate: doors.SiteRate(site, record, rate)),
         doors.open_inserted(names, inserted, record),
+        open_jitter(names, record),
+        open_residuals(names, record),
     ]
     try:
         with (

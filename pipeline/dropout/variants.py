@@ -64,5 +64,6 @@ for _variant in (
     Variant("layer", kernel="scalar", whole_step=True),
     Variant("spectrogram", kernel="spans"),
     Variant("noise", kernel="noise"),
+    Variant("jitter", kernel="noise"),
 ):
     register(_variant)

@@ -1,6 +1,6 @@
 """Scoring: rows of production, raw, to scored rows; and the same rows again, to the same bits."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -117,12 +117,17 @@ def rescore(
         return scorer.signed(found.take(pa.array(chosen, pa.int64())), None)
 
 
-def as_scored(config: RunConfig, metadata: dict[str, Any]) -> RunConfig:
-    """The configuration with the seed, passes and batch size that a scored table names."""
+def as_scored(config: RunConfig, metadata: Mapping[str, Any]) -> RunConfig:
+    """The configuration with the seed, passes and batch size that scored rows name, if they do."""
+    named = {name: value for name, value in metadata.items() if value is not None}
     evaluation = config.evaluation.model_copy(
-        update={name: metadata[name] for name in ("num_mc_passes", "batch_size")}
+        update={
+            "num_mc_passes": named.get("num_mc_passes", config.evaluation.num_mc_passes),
+            "batch_size": named.get("batch_size", config.evaluation.batch_size),
+        }
     )
-    return config.model_copy(update={"seed": metadata["seed"], "evaluation": evaluation})
+    seed = named.get("seed", config.seed)
+    return config.model_copy(update={"seed": seed, "evaluation": evaluation})
 
 
 @dataclass(frozen=True)

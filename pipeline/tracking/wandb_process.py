@@ -50,15 +50,22 @@ class Session:
         self._step: int | None = None
 
     def start(
-        self, axis: str, namespaces: list[str], first_step: int | None, **arguments: Any
+        self,
+        axis: str,
+        namespaces: list[str],
+        first_step: int | None,
+        finish_seconds: float,
+        **arguments: Any,
     ) -> dict[str, Any]:
         """Open the run, or go on with the one of this id; its metrics have this x axis."""
         import wandb
 
         # A git address may hold a token. The processor load to show is the trainer's.
+        # What cannot be sent in time stays in its file whole; a killed process would lose some.
         settings = wandb.Settings(
-            console="off", silent=True, disable_git=True, save_code=False, x_stats_pid=os.getppid()
-        )
+            console="off", silent=True, disable_git=True, save_code=False,
+            x_stats_pid=os.getppid(), finish_timeout=finish_seconds,
+        )  # fmt: skip
         self._run = wandb.init(settings=settings, **arguments)
         self._step = first_step
         self._run.define_metric(axis, hidden=True)
@@ -144,7 +151,7 @@ class Session:
         return {"url": f"{get_app_url(api).rstrip('/')}/{owner}/{project}?nw={query_name}"}
 
     def finish(self) -> None:
-        """Close the run; everything is on the disk, or sent, when this returns."""
+        """Close the run; everything is on the disk, and sent if there was time, at the return."""
         run, self._run = self._run, None
         run.finish()
 

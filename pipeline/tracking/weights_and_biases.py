@@ -71,6 +71,8 @@ class WandbTracker:
         self._client = client or WandbClient(folder.wandb)
         self._queue: queue.Queue[dict[str, Any]] = queue.Queue(queue_size)
         self._timeout = timeout_seconds or config.timeout_seconds
+        # wandb itself stops sending in time; then it closes its files.
+        self._finish_timeout = self._timeout + min(self._timeout, 5.0)
         self._run_name = ""
         self._last_step = 0
         self._num_asked = 0
@@ -117,7 +119,7 @@ class WandbTracker:
         """Send one alert and wait until wandb has taken it; ConnectionError where it has not."""
         fields = {"title": notice.title, "text": notice.text, "severity": notice.severity}
         number = self._put({"do": "alert", **fields})
-        self._wait(lambda: self._num_answered >= number, "of the alert")
+        self._wait(lambda: self._num_answered >= number, self._timeout, "to the alert")
         if self._failure is not None and self._num_answered < number:
             raise ConnectionError(f"Weights & Biases ({self._mode}) is dropped: {self._failure}")
 
@@ -130,7 +132,7 @@ class WandbTracker:
         if not self._run_name:
             return ""
         self._put({"do": "finish"})
-        self._wait(self._ended.is_set, "at the end")
+        self._wait(self._ended.is_set, self._finish_timeout, "at the end")
         if self._failure is not None:
             self._killed.wait(1.0)  # a program that ends at once would leave its process behind
         return self._sentence()
@@ -151,6 +153,7 @@ class WandbTracker:
             "mode": self._mode,
             "config": without_secrets(config),
             "resume": "allow" if self._mode == "online" else None,
+            "finish_seconds": self._timeout,
             "first_step": None if self._mode == "online" else self._num_earlier_steps(),
         }
 
@@ -185,12 +188,12 @@ class WandbTracker:
                 self._drop(f"{self._queue.maxsize} requests are waiting")
         return self._num_asked
 
-    def _wait(self, is_done: Callable[[], bool], where: str) -> None:
+    def _wait(self, is_done: Callable[[], bool], seconds: float, where: str) -> None:
         """Until it is done or has failed, as long as requests are being answered."""
         asked = time.monotonic()
         while not (is_done() or self._ended.wait(0.02)):
-            if time.monotonic() - max(asked, self._last_answer) > self._timeout:
-                self._drop(f"no answer within {self._timeout:g} s {where}")
+            if time.monotonic() - max(asked, self._last_answer) > seconds:
+                self._drop(f"no answer within {seconds:g} s {where}")
 
     def _work(self) -> None:
         """The worker thread: hands over one request after the other until the end or a failure."""
@@ -204,7 +207,8 @@ class WandbTracker:
             self._drop(str(error) or type(error).__name__)
 
     def _handle(self, message: dict[str, Any]) -> None:
-        reply = self._client.request(message, self._timeout)
+        seconds = self._finish_timeout if message["do"] == "finish" else self._timeout
+        reply = self._client.request(message, seconds)
         self._num_answered += 1
         if message["do"] == "start":
             self._opened = reply
@@ -221,10 +225,10 @@ class WandbTracker:
                 return
             self._failure = " ".join(reason.split()).rstrip(".")
         logger.warning(
-            "Weights & Biases (%s) is dropped: %s. The training goes on; its numbers are in %s.",
+            "Weights & Biases (%s) is dropped: %s. All goes on without it; the numbers are in %s.",
             self._mode,
             self._failure,
-            self._folder.metrics,
+            self._folder.path,
         )
         self._ended.set()
         threading.Thread(target=self._kill, daemon=True).start()
@@ -242,10 +246,12 @@ class WandbTracker:
             sentence += f" at {url}" if url else f" in {folder}"
         if self._failure is not None:
             sentence += f"; dropped: {self._failure}"
-        if arrived < num_rows and self._mode == "offline":
-            sentence += f"; the others are in {self._folder.path} alone (is the disk full?)"
-        if folder and (self._mode == "offline" or arrived < num_rows):
-            sentence += f"; send them with `wandb sync {folder}`"
+        if self._mode == "offline":
+            if arrived < num_rows and self._failure is None:
+                sentence += f"; the others are in {self._folder.path} alone (is the disk full?)"
+            sentence += f"; send them with `wandb sync {folder}`" if folder else ""
+        elif folder and arrived < num_rows:
+            sentence += f"; send the others with `wandb sync --include-online {folder}`"
         return sentence + "."
 
     def _num_rows_arrived(self) -> int:

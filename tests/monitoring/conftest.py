@@ -272,6 +272,12 @@ def make_scored(
     return pyarrow.table(columns).replace_schema_metadata(metadata)
 
 
+@pytest.fixture(scope="session")
+def scored_rows() -> Callable[..., pyarrow.Table]:
+    """Makes a table of scored rows."""
+    return make_scored
+
+
 @pytest.fixture
 def write_scored(tmp_path) -> Callable[..., Path]:
     """Writes a file of scored rows into `windows/`."""
@@ -287,8 +293,8 @@ def write_scored(tmp_path) -> Callable[..., Path]:
 
 @pytest.fixture
 def watched_run(run_folder) -> RunFolder:
-    """An evaluated run with the profile of 1,000 rows."""
+    """An evaluated run with the profile of 500 rows."""
     folder = run_folder()
-    rows = make_scored(1000, seed=99, labelled=True)
+    rows = make_scored(500, seed=99, labelled=True)
     write_profile(folder, profile_of(rows, model_version="v1"))
     return folder

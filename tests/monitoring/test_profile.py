@@ -113,6 +113,9 @@ def test_profiles_of_different_things_do_not_merge():
     one, other = profile(scored(9)), profile_of(scored(9, first_id=9), model_version="v2")
     with pytest.raises(DataError, match="model_version: v1 and v2"):
         merge(one, other)
+    finer = profile_of(scored(9, first_id=9), model_version="v1", num_bins=20)
+    with pytest.raises(DataError, match="calibration bins: 15 and 20"):
+        merge(one, finer)
     with pytest.raises(DataError, match="share a sample_id"):
         merge(one, one)
 

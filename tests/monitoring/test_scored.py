@@ -104,6 +104,14 @@ def test_classes_that_look_like_numbers_stay_text(tmp_path):
     assert window.numbers("correct").tolist() == pytest.approx([1.0, np.nan], nan_ok=True)
 
 
+def test_text_of_several_lines_and_of_megabytes_is_read_from_csv_and_json(tmp_path):
+    rows = pa.table({"sample_id": [0, 1], "text": ["def f():\n    return 1\n", "long " * 600_000]})
+    pa.csv.write_csv(rows, tmp_path / "a.csv")
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows.to_pylist())))
+    for name in ("a.csv", "a.jsonl"):
+        assert read_window([tmp_path / name]).texts("text") == rows["text"].to_pylist()
+
+
 def test_files_that_cannot_be_read_are_named(tmp_path):
     (tmp_path / "a.parquet").write_bytes(b"PAR1 is not enough")
     (tmp_path / "a.csv").write_text("sample_id,correct\nfirst,maybe\n")

@@ -138,8 +138,8 @@ def test_rates_stand_in_the_models_own_configuration(run_config):
     assert found.id2label == {0: "animal", 1: "colour"}
 
 
-@pytest.mark.parametrize(("rate", "implementation"), [(0.1, "eager"), (0, "sdpa")])
-def test_attention_is_eager_only_where_it_drops(run_config, rate, implementation):
+@pytest.mark.parametrize(("rate", "implementation"), [(0.1, "keyed"), (0, "sdpa")])
+def test_attention_is_keyed_only_where_it_drops(run_config, rate, implementation):
     model = build(run_config(dropout={"attention": rate}))
     assert model.config._attn_implementation == implementation
 

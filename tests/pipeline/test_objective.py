@@ -6,11 +6,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from pipeline.arguments import check_learned
 from pipeline.config.schema import TrainConfig
 from pipeline.data import load_raw, prepare_data
 from pipeline.dropout.concrete import FILE, PARAMETER, learned_rates_of
 from pipeline.dropout.context import KeyedDropout
 from pipeline.dropout.key import row_id
+from pipeline.errors import DropoutError
 from pipeline.modality.losses import causal_loss, classification_loss
 from pipeline.modality.tokenizer import load_tokenizer
 from pipeline.model import build_model, load_trained, plan_for
@@ -170,3 +172,12 @@ def test_learned_rates_are_logged_resumed_and_used_by_the_trained_model(run_conf
     model = load_trained(run.model, whole, ("animal", "colour"), plan, tokenizer)
     assert learned_rates_of(model).logits.equal(weights_of(whole, FILE)[PARAMETER])
     assert json.loads((run.model / "config.json").read_text())["model_type"] == "bert"
+
+
+def test_learned_rates_are_refused_where_weights_are_cut_up(run_config):
+    plan = plan_for(run_config(dropout={"hidden": {"rate": 0.2, "learned": True}}))
+    for engine, zero_stage in (("plain", 0), ("DEEPSPEED", 2)):
+        check_learned(plan, engine, zero_stage)
+    for engine, zero_stage, name in (("FSDP", 0, "FSDP2"), ("DEEPSPEED", 3, "ZeRO-3")):
+        with pytest.raises(DropoutError, match=f"dropout.hidden: learned rates .* on {name}"):
+            check_learned(plan, engine, zero_stage)

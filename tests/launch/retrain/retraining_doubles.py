@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
@@ -11,15 +12,27 @@ import pyarrow as pa
 from pyarrow import parquet
 
 from launch.registry import Registry
+from launch.retrain import place
 from launch.retrain.load import Plan, load_plan
 from monitoring.alerts import Alert
 from monitoring.history import History, WindowRecord
-from pipeline.config.load import load_config
+from pipeline.config.schema import RunConfig
 from pipeline.config.strict_yaml import dump_yaml
 from pipeline.records import RunFolder, write_bytes, write_json, write_text
 
 LABELS = ["down", "up"]
 START = datetime(2026, 3, 2, 12, tzinfo=UTC)
+
+
+def be_quick() -> None:
+    """Leave out what takes nearly all the time and is tested elsewhere: YAML, and power cuts."""
+    os.fsync = lambda descriptor: None
+    place.load_config, place.dump_config = load_json, RunConfig.model_dump_json
+
+
+def load_json(source: Path, check_installed: bool = False) -> RunConfig:
+    path = source / "config.yaml" if source.is_dir() else source
+    return RunConfig.model_validate_json(path.read_text())
 
 
 class World:
@@ -62,7 +75,7 @@ class World:
 
     def make_champion(self, accuracy: float = 0.7) -> str:
         run = RunFolder(self.folder / "runs" / "tiny")
-        write_text(run.config, dump_yaml(self.recipe))
+        write_text(run.config, place.dump_config(RunConfig.model_validate(self.recipe)))
         write_model(run, accuracy)
         name = self.registry.register(run).name
         self.registry.promote(name)
@@ -81,6 +94,10 @@ class World:
             record = WindowRecord(sha256, stamp, 100, outcome, measures=dict(measures))
             alert = Alert(f"{number:016d}", "tiny", None, stamp, severity, "rule", "It moved.")
             history.add_window(record, alerts=[] if severity is None else [alert])
+
+    def windows(self, run: Path) -> list[WindowRecord]:
+        with History(run / "monitoring" / "history.sqlite") as history:
+            return history.windows()
 
     def champion_run(self) -> Path:
         return Path(self.registry.get("champion").origin["run"])
@@ -124,14 +141,14 @@ class World:
         shutil.copytree(Path(version) / "model", output)
 
     def train(self, config: str) -> None:
-        loaded = load_config(config, check_installed=False)
+        loaded = place.load_config(Path(config))
         run = RunFolder(Path(loaded.output_dir) / loaded.name)
         write_text(run.config, Path(config).read_text())
         write_model(run, float((self.folder / "accuracy").read_text()))
 
     def evaluate(self, run: str) -> None:
         folder = RunFolder(Path(run))
-        config = load_config(folder.path, check_installed=False)
+        config = place.load_config(folder.path)
         test = parquet.read_table(config.data.data_files["test"])
         accuracy = float((folder.model / "weights").read_text())
         passes = {"num_passes": config.evaluation.num_mc_passes}

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from pipeline.dropout import trace
 from pipeline.dropout.plan import DropoutPlan
 from pipeline.errors import DropoutError
 from pipeline.model import plan_for
@@ -216,9 +217,13 @@ def test_fused_attention_is_welcome_without_attention_dropout(bind, tokens):
     assert bound.logits(**tokens()).shape == (3, 2)
 
 
-def test_randomness_past_the_doors_is_an_error_by_name_unless_tolerated(config_of):
+def test_randomness_past_the_doors_is_an_error_by_name_unless_tolerated(config_of, monkeypatch):
     model = {"overrides": {"router_jitter_noise": 0.1}}
-    with pytest.raises(DropoutError, match=r"outside .*layers\.0\.mlp \(aten\.uni.*router_jitter"):
+    assert plan_for(config_of("mixtral", **model)).in_force("jitter")
+    monkeypatch.setattr(trace, "open_jitter", lambda names, draw: lambda: None)
+    with pytest.raises(
+        DropoutError, match=r"outside .*layers\.0\.mlp \(aten\.uni.*config_overrides"
+    ):
         plan_for(config_of("mixtral", **model))
     plan = plan_for(config_of("mixtral", {"strict": False}, **model))
     assert "randomness outside the plan: model.layers.0.mlp (aten.uniform_.default)" in plan.notes

@@ -14,6 +14,7 @@ import pytest
 import torch
 from sklearn.metrics import accuracy_score, f1_score, roc_auc_score
 
+from monitoring.profile import read_profile
 from pipeline.config.roles import RoleDropout
 from pipeline.data import load_raw, prepare_data
 from pipeline.errors import ConfigError, DataError, RunFolderError
@@ -23,6 +24,7 @@ from pipeline.exhibits import Picture
 from pipeline.modality.tokenizer import load_tokenizer
 from pipeline.model import load_trained, plan_for
 from pipeline.records import RunFolder, read_jsonl
+from pipeline.trained import model_version
 
 CLASSES = "text-classification"
 
@@ -265,6 +267,8 @@ def test_two_processes_write_the_files_of_one(classifier, tmp_path):
     assert scored.equals(classifier.reference)
     assert scored.schema.metadata == classifier.reference.schema.metadata
     assert done.stdout.count("21 scored rows: scored.parquet") == 1
+    version = model_version(classifier.run)
+    assert read_profile(classifier.run, version).num_rows == len(classifier.reference) == 21
 
 
 def test_two_processes_judge_tokens_as_one_and_fail_together(language_model, tmp_path):

@@ -50,7 +50,7 @@ def _set_environment(patch: pytest.MonkeyPatch, server: WandbServer) -> None:
     patch.setenv("WANDB_MODE", "online")
     patch.setenv("WANDB_BASE_URL", server.url)
     patch.setenv("WANDB_API_KEY", KEY)
-    patch.setenv("WANDB__FILE_STREAM_TRANSMIT_INTERVAL", "0.05")
+    patch.setenv("WANDB__FILE_STREAM_TRANSMIT_INTERVAL", "1")
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,113 @@
+"""The door of attention dropout by transformers' own interface: `attn_implementation: keyed`.
+
+The module that asks for attention names the site: no caller's frame is looked at, and a compiled
+graph stays whole. The probabilities are those of the model's own eager function, with its position
+bias, sinks and softcap; sites, call numbers and masks are those of `attn_implementation: eager`.
+"""
+
+import inspect
+import re
+import sys
+from collections.abc import Callable
+from functools import lru_cache
+from types import FunctionType
+from typing import Any, cast
+
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import eager_mask
+
+from pipeline.dropout.doors import SiteRate
+
+KEYED = "keyed"
+Attends = Callable[[str, float], SiteRate | float]
+"""(site, rate of the call) -> what stands for the rate in the model's eager function."""
+
+_EAGER = "eager_attention_forward"
+# A file that asks for "eager" by name does something there that no other name gets. GPT-2's only
+# asks whether to reorder the products of a scaled score.
+_ASKS_FOR_EAGER = re.compile(
+    r'(?<!using_eager = self\.config\.)_attn_implementation (==|in|not in) [^\n]*"eager"'
+)
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    **options: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """What `AttentionInterface` calls: softmax of the scores, their keyed mask, times the values.
+
+    Args:
+        module: the attention module; its name is the site.
+        query: `[B, H, Q, D]`; key and value `[B, H or fewer, K, D]`.
+        attention_mask: added to the scores, `[B or 1, 1 or H, Q, K]`.
+        dropout: the rate of the call; that of the plan decides in a mask context.
+        options: what the model's own eager function takes (scaling, position bias, sinks, ...).
+    """
+    owner: Any = module
+    rate: SiteRate | float = dropout
+    if hasattr(owner, "masklock_attends"):
+        rate = owner.masklock_attends(owner.masklock_site, dropout)
+        eager = owner.masklock_eager
+    else:
+        eager = eager_function(cast(Any, type(owner)))
+    found: tuple[Tensor, Tensor | None]
+    found = eager(module, query, key, value, attention_mask, dropout=rate, **options)
+    return found
+
+
+AttentionInterface.register(KEYED, attention_forward)
+AttentionMaskInterface.register(KEYED, eager_mask)
+
+
+def open_attention(names: dict[nn.Module, str], attends: Attends) -> Callable[[], None]:
+    """Let every module that calls the interface ask `attends`; returns the undoing function."""
+    opened = []
+    for module, name in names.items():
+        owner: Any = type(module)
+        eager = eager_function(owner)
+        if eager is not None:
+            module.__dict__.update(
+                masklock_attends=attends, masklock_site=name, masklock_eager=eager
+            )
+            opened.append(module)
+
+    def close() -> None:
+        for module in opened:
+            for attribute in ("masklock_attends", "masklock_site", "masklock_eager"):
+                module.__dict__.pop(attribute, None)
+
+    return close
+
+
+@lru_cache(maxsize=256)
+def eager_function(owner: Any) -> Any:
+    """The eager function that a class's methods hand to the interface; None where there is none."""
+    for base in owner.__mro__:
+        for method in vars(base).values():
+            body = inspect.unwrap(method) if callable(method) else None
+            if isinstance(body, FunctionType):
+                found = [name for name in body.__code__.co_names if name.endswith(_EAGER)]
+                if found:
+                    return body.__globals__.get(found[0])
+    return None
+
+
+def uses_interface(model: nn.Module) -> bool:
+    """Whether a model asks the interface for attention, and gives `eager` no part of its own."""
+    classes: set[Any] = {type(module) for module in model.modules()}
+    if getattr(getattr(model, "config", None), "reorder_and_upcast_attn", False):
+        return False
+    if any(_asks_for_eager(cls.__module__) for cls in classes if ".models." in cls.__module__):
+        return False
+    return any(eager_function(cls) is not None for cls in classes)
+
+
+@lru_cache(maxsize=256)
+def _asks_for_eager(file: str) -> bool:
+    return _ASKS_FOR_EAGER.search(inspect.getsource(sys.modules[file])) is not None
