@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
 from torch.utils.data import Dataset as TorchDataset
 
 from pipeline.config.schema import DataSource, RunConfig
-from pipeline.dropout.philox import permutation
+from pipeline.dropout.key import derive_key
+from pipeline.dropout.philox import permutation, philox_words
 from pipeline.errors import DataError
 from pipeline.modality import MODALITIES, Modality
 from pipeline.modality.bundle import LabelNames
@@ -111,7 +113,7 @@ def fingerprint_of(parts: Mapping[str, "Dataset"]) -> str:
     whole = hashlib.sha256()
     for name, rows in parts.items():
         whole.update(f"{name}\0{len(rows)}\0".encode())
-        for column in ("sample_id", "input_ids", "labels", "domain"):
+        for column in ("sample_id", "input_ids", "labels", "domain", "image"):
             if column in rows.column_names:
                 whole.update(column.encode() + _digest(rows, column))
     return whole.hexdigest()
@@ -125,12 +127,21 @@ class TrainingStream(TorchDataset[dict[str, Any]]):
     and resumes agree by themselves.
     """
 
-    def __init__(self, rows: "Dataset", seed: int, num_steps: int, global_batch_size: int) -> None:
+    def __init__(
+        self,
+        rows: "Dataset",
+        seed: int,
+        num_steps: int,
+        global_batch_size: int,
+        with_partners: bool = False,
+    ) -> None:
         _raise_if_any(_too_few(len(rows), global_batch_size))
         self.rows = rows.remove_columns([name for name in ("text",) if name in rows.column_names])
         self.seed, self.num_steps, self.global_batch_size = seed, num_steps, global_batch_size
+        self.with_partners = with_partners
         self.rows_per_epoch = len(rows) // global_batch_size * global_batch_size
         self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
+        self._step, self._partners = -1, np.empty(0, dtype=np.int64)
 
     def __len__(self) -> int:
         return self.num_steps * self.global_batch_size
@@ -139,8 +150,21 @@ class TrainingStream(TorchDataset[dict[str, Any]]):
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of a stream of {len(self)}")
         epoch, place = divmod(index, self.rows_per_epoch)
-        row = self.rows[int(self._order_of(epoch)[place])]
-        return {**row, "mask_step": index // self.global_batch_size}
+        order, step = self._order_of(epoch), index // self.global_batch_size
+        row = {**self.rows[int(order[place])], "mask_step": step}
+        if self.with_partners:
+            first = place - place % self.global_batch_size
+            partner = first + self._partner_of(step, place - first)
+            row["partner"] = self.rows[int(order[partner])]
+        return row
+
+    def _partner_of(self, step: int, place: int) -> int:
+        """Another place of the global batch: a keyed permutation of it, each place's partner."""
+        if step != self._step:
+            key = derive_key(self.seed, "augment", step, "permutation", "partner", 0)
+            words = philox_words(key, 0, 0, np.arange(self.global_batch_size))
+            self._step, self._partners = step, np.argsort(words[:, 0], kind="stable")
+        return int(self._partners[place])
 
     def _order_of(self, epoch: int) -> np.ndarray:
         if epoch != self._epoch:
@@ -262,6 +286,11 @@ def _digest(rows: "Dataset", column: str) -> bytes:
     arrow = rows.select_columns([column]).with_format("arrow")
     for batch in arrow.iter(batch_size=10_000):
         array = batch[column].combine_chunks()
+        if isinstance(array, pa.StructArray):  # files: their bytes, or where they are
+            for row in array.to_pylist():
+                file = str(row["path"]).encode() if row["bytes"] is None else row["bytes"]
+                values.update(hashlib.sha256(file).digest())
+            continue
         if hasattr(array, "value_lengths"):
             lengths.update(
                 array.value_lengths().to_numpy(zero_copy_only=False).astype("<i8").tobytes()

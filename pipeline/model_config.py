@@ -35,7 +35,7 @@ def model_config(config: RunConfig, label_names: Sequence[str] | None) -> PreTra
         hf_config = load_pretrained("model", AutoConfig, model.model_name_or_path, config)
         _check_overrides(config, hf_config)
         hf_config.update(model.config_overrides)
-    if MODALITIES[model.task].auto_class == "AutoModelForSequenceClassification":
+    if MODALITIES[model.task].needs_labels:
         names = label_names or _LABELS_UNKNOWN
         hf_config.id2label = dict(enumerate(names))
         hf_config.label2id = {name: place for place, name in enumerate(names)}

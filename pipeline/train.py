@@ -28,6 +28,7 @@ from pipeline.dropout.plan import DropoutPlan
 from pipeline.errors import RunFolderError
 from pipeline.library_output import without_old_collectives
 from pipeline.modality.bundle import MODALITIES
+from pipeline.modality.image_mixing import is_mixing
 from pipeline.model import build_model, plan_for
 from pipeline.packing import packed, require_isolation
 from pipeline.records import RunFolder, write_json, write_text
@@ -343,7 +344,11 @@ def make_trainer(
         model=parts.model,
         args=parts.args,
         train_dataset=TrainingStream(
-            rows, config.seed, parts.args.max_steps, train.global_batch_size
+            rows,
+            config.seed,
+            parts.args.max_steps,
+            train.global_batch_size,
+            with_partners=is_mixing(config.data.augmentation.image),
         ),
         eval_dataset=parts.data.validation,
         data_collator=modality.collator(parts.processor, config),

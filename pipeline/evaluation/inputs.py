@@ -114,8 +114,9 @@ def carried_columns(
 
 
 def own_columns(rows: "Dataset", config: RunConfig) -> list[str]:
-    """Columns that are neither text nor label nor the number of the row."""
-    ours = {config.data.text_column_name, config.data.label_column_name, SAMPLE_ID}
+    """Columns that are neither input nor label nor the number of the row."""
+    inputs = MODALITIES[config.model.task].inputs(config.data).values()
+    ours = {*inputs, config.data.label_column_name, SAMPLE_ID}
     return [name for name in rows.column_names if name not in ours]
 
 
@@ -158,13 +159,12 @@ def _problems(rows: "Dataset", config: RunConfig, label_names: LabelNames) -> li
     if not len(rows):
         return ["there are no rows"]
     problems: list[str] = []
-    if source.text_column_name in rows.column_names:
-        problems += modality.problems(rows, source, None)
-    else:
-        problems.append(
-            f"there is no column {source.text_column_name!r} (data.text_column_name); there are: "
-            f"{', '.join(rows.column_names)}"
-        )
+    missing = [
+        f"there is no column {column!r} (data.{key}); there are: {', '.join(rows.column_names)}"
+        for key, column in modality.inputs(source).items()
+        if column not in rows.column_names
+    ]
+    problems += missing or modality.problems(rows, source, None)
     if label_names is not None and source.label_column_name in rows.column_names:
         problems += _unknown_labels(rows, source.label_column_name, label_names)
     if SAMPLE_ID in rows.column_names:

@@ -69,4 +69,5 @@ def open_predictor(
         MonteCarlo(keyed, passes, strict=config.dropout.strict),
         batch_size=config.evaluation.batch_size,
         has_classes=trained_label_names(run) is not None,
+        lengths=MODALITIES[config.model.task].lengths,
     )

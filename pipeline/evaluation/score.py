@@ -26,15 +26,15 @@ from pipeline.evaluation.opening import open_predictor, processes, read_plan
 from pipeline.evaluation.predict import Predictor
 from pipeline.evaluation.samples import (
     Origin,
+    described_by,
     scored_names,
     scored_table,
     scoring_facts,
-    unknown_token,
     with_carried,
     with_metadata,
     write_table,
 )
-from pipeline.modality.bundle import LabelNames
+from pipeline.modality.bundle import MODALITIES, LabelNames
 from pipeline.records import RunFolder
 from pipeline.trained import model_version, trained_label_names, trained_processor
 
@@ -167,7 +167,9 @@ class _Scorer:
         number = {place: index for index, place in enumerate(ran)}
         among_them = [[number[place] for place in batch] for batch in batches]
         scores = judge.scores_of(prediction, self.fitted.detectors, among_them)
-        origin = Origin(self.label_names, self.fitted.temperature, unknown_token(self.processor))
+        origin = Origin(
+            self.label_names, self.fitted.temperature, described_by(self.config, self.processor)
+        )
         return scored_table(prediction, prepared.select(ran), among_them, scores, origin)
 
     def signed(self, scored: pa.Table, carried: pa.Table | None) -> pa.Table:
@@ -187,8 +189,10 @@ def _prepared_again(table: pa.Table, config: RunConfig, scorer: _Scorer) -> "Dat
 
     if "input_ids" in table.column_names:
         return Dataset.from_dict(table.select(["text", "sample_id", "input_ids"]).to_pydict())
-    names = {"text": config.data.text_column_name, "label": config.data.label_column_name}
-    kept = [name for name in ("text", "label", "sample_id") if name in table.column_names]
+    wanted = MODALITIES[config.model.task].inputs(config.data)
+    names = {key.removesuffix("_column_name"): column for key, column in wanted.items()}
+    names["label"] = config.data.label_column_name
+    kept = [name for name in (*names, "sample_id") if name in table.column_names]
     columns = {names.get(name, name): table[name].to_pylist() for name in kept}
     domain = config.data.domain_column_name
     if domain is not None and domain in table.column_names:
@@ -204,7 +208,7 @@ def _batches_again(
     if "batch_key" not in table.column_names:
         wanted = set(places)
         return [batch for batch in predictor.batches_of(prepared) if wanted & set(batch)]
-    lengths = [len(ids) for ids in prepared["input_ids"][:]]
+    lengths = predictor.lengths(prepared)
     return batches_again(prepared["sample_id"][:], lengths, table["batch_key"].to_pylist(), places)
 
 

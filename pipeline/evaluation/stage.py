@@ -28,10 +28,10 @@ from pipeline.evaluation.opening import open_predictor, processes, read_plan
 from pipeline.evaluation.predict import Clock, Predictor
 from pipeline.evaluation.samples import (
     Origin,
+    described_by,
     samples_of,
     scored_table,
     scoring_facts,
-    unknown_token,
     with_carried,
     with_metadata,
     write_table,
@@ -88,7 +88,7 @@ def _evaluate(
         scores = _scores(opened, predictions, detectors)
         report = _report(config, opened.data, opened.predictor, clock, predictions, scores)
         fitted = Fitted(model_version(run), detectors, report["calibration"].get("temperature"))
-        scored = _scored(opened, predictions, scores, fitted)
+        scored = _scored(config, opened, predictions, scores, fitted)
         _write(run, report, scored, fitted)
         keep_profile(run, _reference(scored["test"], opened, config, plan, fitted))
         say(_track(run, config, report, exhibits(run)))
@@ -230,14 +230,15 @@ def versions() -> dict[str, str]:
 
 
 def _scored(
+    config: RunConfig,
     opened: _Opened,
     predictions: Mapping[str, judge.Prediction],
     scores: Mapping[str, judge.Scores],
     fitted: Fitted,
 ) -> dict[str, pa.Table]:
     """Scored rows of every split that is reported."""
-    unknown = unknown_token(opened.processor)
-    origin = Origin(opened.data.label_names, fitted.temperature, unknown)
+    described = described_by(config, opened.processor)
+    origin = Origin(opened.data.label_names, fitted.temperature, described)
     return {
         split: scored_table(
             predictions[split], rows, opened.predictor.batches_of(rows), scores[split], origin

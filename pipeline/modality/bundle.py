@@ -8,6 +8,7 @@ from pipeline.config.schema import DataSource, RunConfig
 from pipeline.dropout.philox import permutation
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from datasets import Dataset
     from torch import Tensor
     from transformers import PreTrainedConfig
@@ -64,6 +65,9 @@ class Modality:
     """Inputs of a forward pass to trace: batch size, length (or side), device."""
     lengths: Callable[["Dataset"], list[int]]
     """How long each prepared sample is: those of like length share batches."""
+    described: Callable[["Dataset", Any], dict[str, "pa.Array"]]
+    """From prepared samples and the processor: what scored rows say of their input, `text` among
+    it, and what it takes to make it again (`image`, `input_ids`)."""
     prepare: Prepare
     """Adds model inputs and `sample_id`, the sample's number in its whole split, and keeps `text`.
 

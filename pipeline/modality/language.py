@@ -17,6 +17,7 @@ from pipeline.modality.labels import label_names_of, label_numbers, label_proble
 from pipeline.modality.tokenizer import fit_to_tokenizer, load_tokenizer, token_example
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from datasets import Dataset
 
 PAD_MULTIPLE = 8  # widths that tensor cores and vector units like
@@ -284,6 +285,42 @@ def tokenizer_of_rows(config: RunConfig, rows: "Dataset | None" = None) -> Any:
     return load_tokenizer(config, [] if rows is None else rows[config.data.text_column_name])
 
 
+def _unknown_token(tokenizer: Any) -> int | None:
+    """The token that stands for what the vocabulary lacks.
+
+    Byte-level tokenizers lack nothing; some of them call their end token so.
+    """
+    found: int | None = tokenizer.unk_token_id
+    ends = (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id)
+    return None if found in ends else found
+
+
+def _unknown_shares(tokens: list[list[int]], unknown: int | None) -> list[float]:
+    if unknown is None:
+        return [0.0] * len(tokens)
+    return [list(row).count(unknown) / len(row) for row in tokens]
+
+
+def described_text(rows: "Dataset", tokenizer: Any) -> "dict[str, pa.Array]":
+    """`text`, `num_tokens`, `unknown_token_share`."""
+    import pyarrow as pa
+
+    tokens = rows["input_ids"][:]
+    return {
+        "text": pa.array(rows["text"][:], pa.string()),
+        "num_tokens": pa.array([len(row) for row in tokens], pa.int64()),
+        "unknown_token_share": pa.array(_unknown_shares(tokens, _unknown_token(tokenizer))),
+    }
+
+
+def described_blocks(rows: "Dataset", tokenizer: Any) -> "dict[str, pa.Array]":
+    """The same, and `input_ids`: a block cannot be made again of its text alone."""
+    import pyarrow as pa
+
+    tokens = pa.array(rows["input_ids"][:], pa.list_(pa.int32()))
+    return described_text(rows, tokenizer) | {"input_ids": tokens}
+
+
 def token_lengths(rows: "Dataset") -> list[int]:
     """Tokens of each sample."""
     return [len(ids) for ids in rows["input_ids"][:]]
@@ -301,6 +338,7 @@ TEXT_CLASSIFICATION = register(
         fit=fit_to_tokenizer,
         example=token_example,
         lengths=token_lengths,
+        described=described_text,
         label_names=lambda rows, source: label_names_of(rows, source.label_column_name),
         problems=classification_problems,
         prepare=prepare_classification,
@@ -324,6 +362,7 @@ TEXT_GENERATION = register(
         fit=fit_to_tokenizer,
         example=token_example,
         lengths=token_lengths,
+        described=described_blocks,
         label_names=lambda rows, source: None,
         problems=generation_problems,
         prepare=prepare_blocks,

@@ -18,6 +18,7 @@ from pipeline.modality.images import decode_image
 from pipeline.modality.labels import label_names_of, label_numbers, label_problems
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from datasets import Dataset
     from transformers import PreTrainedConfig
 
@@ -40,8 +41,10 @@ def prepare_images(
     keep = chosen(len(rows), max_samples)
     numbers = list(range(len(rows))) if keep is None else keep
     kept = rows if keep is None else rows.select(keep)
-    images = _encoded(kept, source.image_column_name).rename_column(source.image_column_name, IMAGE)
-    found: Dataset = images.select_columns([IMAGE]).add_column("sample_id", numbers)
+    images = _encoded(kept.select_columns([source.image_column_name]), source.image_column_name)
+    if source.image_column_name != IMAGE:
+        images = images.rename_column(source.image_column_name, IMAGE)
+    found: Dataset = images.add_column("sample_id", numbers)
     if label_names is None:
         return found
     return found.add_column("labels", label_numbers(kept, source.label_column_name, label_names))
@@ -110,6 +113,20 @@ def _encoded(rows: "Dataset", column: str) -> "Dataset":
     return rows.cast_column(column, Image(decode=False))
 
 
+def described_images(rows: "Dataset", processor: Any) -> "dict[str, pa.Array]":
+    """`image`, the file, for a replay; `text`, its name; what may drift: size and brightness."""
+    import pyarrow as pa
+
+    images = [decode_image(file) for file in rows[IMAGE][:]]
+    return {
+        "text": pa.array([str(file.get("path") or "") for file in rows[IMAGE][:]], pa.string()),
+        "image": pa.array(rows[IMAGE][:], pa.struct({"bytes": pa.binary(), "path": pa.string()})),
+        "width": pa.array([image.width for image in images], pa.int64()),
+        "height": pa.array([image.height for image in images], pa.int64()),
+        "brightness": pa.array([np.asarray(image).mean() / 255 for image in images], pa.float64()),
+    }
+
+
 def _example(
     hf_config: "PreTrainedConfig", batch_size: int, length: int, device: str
 ) -> dict[str, Tensor]:
@@ -135,6 +152,7 @@ IMAGE_CLASSIFICATION = register(
         collator=collator,
         example=_example,
         lengths=lambda rows: [1] * len(rows),
+        described=described_images,
         loss=losses.classification_loss,
         eval_sums=losses.classification_sums,
         eval_metrics=losses.classification_metrics,
