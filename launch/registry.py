@@ -18,8 +18,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from launch.locking import file_lock
 from pipeline.errors import RegistryError
+from pipeline.locking import file_lock
 from pipeline.records import (
     RunFolder,
     append_jsonl,
