@@ -4,9 +4,10 @@ import json
 
 import pytest
 
+from launch.retrain.evidence import read_windows
 from launch.retrain.store import Store
 from launch.retrain.tick import interfere, reasons, tick
-from pipeline.errors import BusyError, RegistryError
+from pipeline.errors import BusyError, ConfigError, RegistryError
 
 
 def run(world, **options) -> int:
@@ -154,15 +155,34 @@ def test_new_labels_are_trained_on_with_old_rows(world):
 
 
 def test_a_kpi_below_its_bound_triggers(world):
-    world.policy["triggers"] = {
-        "kpi": {"metric": "eval/accuracy", "below": 0.9, "at_least": 2, "of_windows": 2}
-    }
-    world.add_window(world.champion_run(), **{"eval/accuracy": 0.8})
+    kpi = {"metric": "drift/clicks/mean", "below": 0.9, "at_least": 2, "of_windows": 2}
+    world.policy["triggers"] = {"kpi": kpi}
+    world.add_window(world.champion_run(), **{"drift/clicks/mean": 0.8})
     run(world)
     assert past(world) == []
-    world.add_window(world.champion_run(), **{"eval/accuracy": 0.85})
+    world.add_window(world.champion_run(), **{"drift/clicks/mean": 0.85})
     run(world)
     assert past(world)[0].evidence["kpi"]["values"] == {"1": 0.8, "2": 0.85}
+
+
+def test_a_kpi_that_no_window_has_is_an_error_with_the_nearest_one(world):
+    kpi = {"metric": "drift/click/mean", "below": 0.9, "at_least": 1, "of_windows": 2}
+    world.policy["triggers"] = {"kpi": kpi}
+    world.add_window(world.champion_run(), **{"drift/clicks/mean": 0.8})
+    assert run(world) == 0
+    world.add_window(world.champion_run(), **{"drift/clicks/mean": 0.8})
+    with pytest.raises(ConfigError, match="did you mean drift/clicks/mean?"):
+        run(world)
+
+
+def test_labels_that_come_later_are_one_window_with_the_first(world):
+    run_folder = world.champion_run()
+    world.add_window(run_folder, "warning")
+    world.add_window(run_folder, "critical", again=1, **{"drift/performance/accuracy": 0.5})
+    (one,) = read_windows(run_folder / "monitoring" / "history.sqlite")
+    assert (one.id, one.severity, len(one.alerts)) == (2, "critical", 2)
+    assert one.measures == {"drift/performance/accuracy": 0.5}
+    assert read_windows(run_folder / "monitoring" / "history.sqlite", after=2) == []
 
 
 def test_manual_starts_at_once(world):
