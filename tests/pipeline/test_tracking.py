@@ -202,6 +202,20 @@ def test_any_failure_of_wandb_is_one_warning(folder, tmp_path, monkeypatch, capl
     assert len(read_jsonl(folder.metrics)) == 4
 
 
+def test_a_refused_request_costs_none_of_the_rows_before_it(folder, caplog):
+    tracker = WandbTracker(WandbConfig(), folder)
+    tracker.start({}, "run")
+    log_rows(tracker, 3)
+    tracker.artifact("report", folder.path / "nowhere.html")
+    wait_for(lambda: tracker._ended.is_set())
+    log_rows(tracker, 1)
+
+    sentence = tracker.finish()
+    assert "3 of 4 rows arrived" in sentence
+    assert "dropped: ValueError: Path is not a file" in sentence
+    assert len(caplog.records) == 1
+
+
 @pytest.mark.parametrize("num_answers", [0, 1, 3])
 def test_a_client_that_hangs_costs_the_training_nothing(folder, caplog, num_answers):
     client = HangingClient(num_answers)
@@ -292,6 +306,7 @@ def test_secrets_are_hidden_and_nothing_else():
         "hub_token": "hf_abc",
         "data": {"path": "https://me:pw@host/x.csv?token=abc&rows=3", "text_column_name": "text"},
         "nested": [{"api_key": "abc"}],
+        "webhooks": {"chat": {"url": "https://hooks.example/services/T0/B0/xyz"}},
         "max_new_tokens": 3,
         "tokenizer": "bert",
     }
@@ -299,6 +314,7 @@ def test_secrets_are_hidden_and_nothing_else():
         "hub_token": "***",
         "data": {"path": "https://***@host/x.csv?token=***&rows=3", "text_column_name": "text"},
         "nested": [{"api_key": "***"}],
+        "webhooks": {"chat": {"url": "https://hooks.example/***"}},
         "max_new_tokens": 3,
         "tokenizer": "bert",
     }
