@@ -74,3 +74,14 @@ def test_a_view_that_cannot_be_saved_is_one_clear_error(
     monkeypatch.setenv("WANDB_API_KEY", "")
     with pytest.raises(AssertionError, match="It needs the network, a key"):
         masklock("dashboard", config, "--save")
+
+
+def test_dashboards_without_their_extra_say_what_to_install(
+    tmp_path, make_config, masklock, monkeypatch
+):
+    config = make_config(tmp_path)
+    (tmp_path / "runs" / "run").mkdir(parents=True)
+    monkeypatch.delitem(sys.modules, "monitoring.dashboards.workspaces", raising=False)
+    monkeypatch.setitem(sys.modules, "wandb_workspaces.reports.v2", None)
+    with pytest.raises(AssertionError, match=r"Install it: pip install 'masklock\[dashboards\]'"):
+        masklock("dashboard", config)
