@@ -1,6 +1,7 @@
 """The state machine of retraining, from trigger to promotion, rejection, rollback and failure."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -246,13 +247,20 @@ def test_a_champion_moved_meanwhile_is_not_overwritten(world):
     assert world.registry.aliases().champion == moved
 
 
-def test_starting_from_the_champion_exports_its_weights(world):
+@pytest.mark.parametrize("peft", [None, {"peft_type": "LORA"}])
+def test_starting_from_the_champion_takes_weights_that_stay(world, peft):
+    world.recipe["model"] = {"task": "text-classification", "model_name_or_path": "hub/name"}
+    world.recipe["peft"] = peft
     world.policy["start_from"] = "champion"
+    champion = world.registry.get(world.make_champion(0.7)).folder
     drift(world)
     run(world)
-    config = (world.plan().folder / f"0001-{past(world)[0].key[:8]}" / "config.yaml").read_text()
-    assert json.loads(config)["model"]["model_name_or_path"].endswith("start")
-    assert past(world)[0].state == "promoted"
+    (one,) = past(world)
+    config = world.plan().folder / f"0001-{one.key[:8]}" / "config.yaml"
+    start = json.loads(config.read_text())["model"]["model_name_or_path"]
+    kept = champion / "model" if peft is None else champion.parents[1] / "whole" / champion.name
+    assert (one.state, Path(start)) == ("promoted", kept)
+    assert (kept / "weights").is_file()
 
 
 def test_a_clock_going_backwards_starts_nothing(world):
