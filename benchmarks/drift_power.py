@@ -183,9 +183,9 @@ def main() -> None:
         show(f"{test} of {COLUMN}", power(column_statistic(test, values, reference), windows))
     show("MMD of embeddings", power(mmd_statistic(embed(run, texts), reference), windows))
     show("any column, nominal", verdicts(scores, reference, windows))
-    for kind in ("tail", "rank"):
-        found = detectors(kind, values, reference, windows)
-        show(f"e-detector, {kind} of {COLUMN}, ten windows", found)
+    for kind, column in (("tail", COLUMN), ("rank", COLUMN), ("value", "msp")):
+        found = detectors(kind, scores[column], reference, windows)
+        show(f"e-detector, {kind} of {column}, ten windows", found)
 
 
 if __name__ == "__main__":

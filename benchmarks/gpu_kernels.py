@@ -10,11 +10,13 @@ Keyed dropout moves four times the tensor (reads and writes, forward and backwar
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from pipeline.dropout.kernels import active_kernel, attention, keyed_attention, keyed_rows, rows
+from pipeline.dropout.kernels.flash import flash_attention
 from pipeline.dropout.philox import scale, threshold
 
 RATE = 0.1
@@ -123,6 +125,34 @@ def launch_microseconds(dropout: Dropout) -> float:
     return sorted(times)[30] * 1e6
 
 
+def attentions(heads: int, length: int, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
+    """Forward and backward of whole attention: fused, by keyed probabilities, torch's own two."""
+    shape = (16, heads, length, 64)
+    q, k, v, gradient = (torch.randn(shape, device="cuda").to(dtype) for _ in range(4))
+    q, k, v = (x.requires_grad_() for x in (q, k, v))
+    row, columns = row_tensors(16, length, "cuda"), columns_of((16, length), "", "cuda")
+    coordinates = (*row[:3], columns, *row[3:])
+
+    def by_probabilities(dropout: Dropout) -> Tensor:
+        return dropout(torch.softmax(q @ k.mT * 0.125, -1)) @ v
+
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+    ways: dict[str, Callable[[], Tensor]] = {
+        "fused": lambda: flash_attention(q, k, v, None, coordinates, 0.125),
+        "keyed": lambda: by_probabilities(lambda p: keyed_attention(p, *coordinates)),
+        "eager": lambda: by_probabilities(stock),
+        "sdpa": lambda: sdpa(q, k, v, dropout_p=RATE),
+    }
+    works = {name: partial(_backward, way, (q, k, v), gradient) for name, way in ways.items()}
+    error = (ways["fused"]() - ways["keyed"]()).abs().max()
+    print(f"Largest difference of fused and keyed: {float(error):.2e}")
+    return works
+
+
+def _backward(way: Callable[[], Tensor], inputs: tuple[Tensor, ...], gradient: Tensor) -> None:
+    torch.autograd.grad(way(), inputs, gradient)
+
+
 def main() -> None:
     if not torch.cuda.is_available():
         print("There is no CUDA device here: run this where torch.cuda.is_available() is true.")
@@ -139,6 +169,12 @@ def main() -> None:
         for padding in ("", "left", "right"):
             what = f"attention 16M, {padding or 'no'} padding"
             print(line(what, ATTENTION, dtype, keyed(ATTENTION, padding)), flush=True)
+    print("\n| attention, 16 samples of 64 features | dtype | fused, keyed, eager, sdpa (us) |")
+    for heads, length in ((12, 128), (12, 512), (16, 2048)):
+        for dtype in DTYPES:
+            times = medians(list(attentions(heads, length, dtype).values()))
+            shown = ", ".join(f"{seconds * 1e6:.0f}" for seconds in times)
+            print(f"| {heads} heads, {length} positions | {dtype} | {shown} |", flush=True)
     mine, torchs = launch_microseconds(keyed(SMALL)), launch_microseconds(stock)
     print(
         f"\nHost time of one small forward and backward: keyed {mine:.0f} us, torch {torchs:.0f} us"

@@ -3,6 +3,7 @@
     <registry>/versions/<name>/   model, plan, profile, evaluation of a run; manifest.json: its sums
     <registry>/aliases.json       the truth about champion, challenger and previous: renamed whole
     <registry>/journal.jsonl      every change, one JSON object a line; mended from aliases.json
+    <registry>/whole/<name>/      merged weights of an adapter that a retraining has started from
 
 Nothing here needs a network. A version exists once its folder has its name.
 """
@@ -18,8 +19,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from launch.locking import file_lock
 from pipeline.errors import RegistryError
+from pipeline.locking import file_lock
 from pipeline.records import (
     RunFolder,
     append_jsonl,

@@ -10,21 +10,24 @@ from pipeline.errors import DataError
 from pipeline.records import RunFolder
 
 
-def alerts_of(run: RunFolder) -> list[Alert]:
-    """The alerts of a run, oldest first."""
+def newest_alerts(run: RunFolder, limit: int) -> list[Alert]:
+    """The last alerts of a run, oldest first."""
     if not _path(run).is_file():
         return []
     with History(_path(run)) as history:
-        return history.alerts()
+        return history.alerts(limit=limit)
 
 
 def listed(run: RunFolder) -> list[dict[str, Any]]:
-    """The alerts of a run, newest first, and how far each has come to every sink."""
+    """The alerts of a run, newest first, repeats counted, and how far each has come."""
     if not _path(run).is_file():
         return []
     with History(_path(run)) as history:
-        deliveries = history.deliveries()
-        alerts = history.alerts()
+        alerts, repeats = history.alerts(with_repeats=False), history.num_repeats()
+        deliveries: dict[str, dict[str, dict[str, Any]]] = {}
+        for one in history.deliveries():
+            state = {"state": one.state, "attempts": one.attempts, "error": one.error}
+            deliveries.setdefault(one.alert, {})[one.sink] = state
     return [
         {
             "id": alert.id,
@@ -33,13 +36,10 @@ def listed(run: RunFolder) -> list[dict[str, Any]]:
             "state": alert.state,
             "title": alert.title,
             "runbook": alert.runbook,
+            "num_repeats": repeats.get(alert.id, 0),
             "acknowledged": alert.acknowledged,
             "file": str(run.monitoring / "alerts" / f"{alert.id}.json"),
-            "deliveries": {
-                one.sink: {"state": one.state, "attempts": one.attempts, "error": one.error}
-                for one in deliveries
-                if one.alert == alert.id
-            },
+            "deliveries": deliveries.get(alert.id, {}),
         }
         for alert in reversed(alerts)
     ]

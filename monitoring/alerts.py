@@ -44,6 +44,8 @@ class Alert:
     """One line: what to do."""
     replay: dict[str, Any] = field(default_factory=dict)
     """`seed`, `num_mc_passes`, `plan_digest`, `batch_size`, `scores`: for a replay."""
+    repeats: str | None = None
+    """The id of an earlier alert about the same, of which people were told lately."""
     state: State = "open"
     acknowledged: dict[str, Any] | None = None
     """`by`, `at`, `note`."""
@@ -59,9 +61,9 @@ class Alert:
         return cls(**{name: item for name, item in value.items() if name in known})
 
     @property
-    def subject(self) -> tuple[str, str | None]:
+    def subject(self) -> str:
         """What people are told of once in a while: the rule and its measure."""
-        return self.rule, self.evidence.get("metric")
+        return f"{self.rule} {self.evidence.get('metric')}"
 
     def is_at_least(self, severity: Severity) -> bool:
         """Whether this alert is as serious as `severity`, or more."""

@@ -102,7 +102,7 @@ def draw_windows(
         axes.set_yscale("log")
     axes.margins(y=0.15)
     axes.set_xlabel("window")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.locator_params(axis="x", integer=True)
     axes.legend(**_ABOVE)
 
 
@@ -117,11 +117,10 @@ def draw_timeline(
     axes.plot(windows, [-0.8] * len(windows), "|", color=_MUTED, markersize=6)
     for number, level, title in events:
         tip = _tip(f"window {number}, {levels[level]}: {title}")
-        mark = {"color": colours[level], "markersize": 8, "markeredgecolor": "white"}
-        axes.plot([number], [level], "o", gid=tip, **mark)
+        axes.plot([number], [level], "o", color=colours[level], markersize=8, gid=tip)
     axes.set_yticks(range(len(levels)), levels)
     axes.set(ylim=(-1.2, len(levels) - 0.5), xlabel="window")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.locator_params(axis="x", integer=True)
 
 
 def draw_reliability(axes: "Axes", bins: Sequence[Mapping[str, Any]], colour: str) -> None:

@@ -7,19 +7,17 @@ their deliveries still to make (an outbox): a process that dies leaves all of it
 import dataclasses
 import json
 import sqlite3
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal, Self
 
 from monitoring.alerts import Alert, State, stamp
-from pipeline.errors import DataError, HistoryError
+from monitoring.database import Database
+from pipeline.errors import DataError
 
 SCHEMA_VERSION = 1
-BUSY_SECONDS = 30.0
 _TABLES = """
 CREATE TABLE windows (
   id INTEGER PRIMARY KEY, sha256 TEXT NOT NULL, labelled INTEGER NOT NULL, created TEXT NOT NULL,
@@ -28,7 +26,8 @@ CREATE TABLE windows (
 CREATE TABLE detectors (name TEXT PRIMARY KEY, state TEXT NOT NULL) STRICT;
 CREATE TABLE alerts (
   number INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, created TEXT NOT NULL, state TEXT NOT NULL,
-  window INTEGER NOT NULL REFERENCES windows (id), body TEXT NOT NULL
+  subject TEXT NOT NULL, repeats TEXT, window INTEGER NOT NULL REFERENCES windows (id),
+  body TEXT NOT NULL
 ) STRICT;
 CREATE TABLE deliveries (
   alert TEXT NOT NULL REFERENCES alerts (id), sink TEXT NOT NULL, state TEXT NOT NULL,
@@ -83,27 +82,14 @@ class History:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self._database = Database(Path(path), _TABLES, SCHEMA_VERSION)
 
     def __enter__(self) -> Self:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self._explained():
-            connection = sqlite3.connect(self.path, timeout=BUSY_SECONDS, isolation_level=None)
-            try:
-                self._connection = connection
-                self._prepare()
-            except BaseException:
-                connection.close()
-                raise
+        self._database.open()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._connection.close()
+    def __exit__(self, *error: object) -> None:
+        self._database.close()
 
     # -- windows ---------------------------------------------------------------------------------
 
@@ -120,7 +106,7 @@ class History:
             HistoryError: nothing of it was recorded; a window of this content is there already.
         """
         body = dataclasses.asdict(record)
-        with self._transaction() as connection:
+        with self._database.transaction() as connection:
             row = (record.sha256, record.labelled, record.created, record.outcome, _text(body))
             id = connection.execute(
                 "INSERT INTO windows (sha256, labelled, created, outcome, body) "
@@ -133,44 +119,106 @@ class History:
                 [(name, _text(state)) for name, state in (detectors or {}).items()],
             )
             connection.executemany(
-                "INSERT INTO alerts (id, created, state, window, body) VALUES (?, ?, ?, ?, ?)",
-                [(a.id, a.created, a.state, id, _text(a.to_json())) for a in alerts],
+                "INSERT INTO alerts (id, created, state, subject, repeats, window, body) "
+                "VALUES (?, ?, ?, ?, ?, ?, ?)",
+                [
+                    (a.id, a.created, a.state, a.subject, a.repeats, id, _text(a.to_json()))
+                    for a in alerts
+                ],
             )
             for delivery in deliveries:
-                self._put(delivery)
+                self._put(connection, delivery)
         return id
 
     def window(self, sha256: str, labelled: bool) -> WindowRecord | None:
         """The window of this content, if it was judged with (or without) labels."""
-        found = self._read(
+        found = self._database.read(
             "SELECT id, body FROM windows WHERE sha256 = ? AND labelled = ?", sha256, labelled
         )
         return _record(found[0]) if found else None
 
     def windows(self, limit: int | None = None) -> list[WindowRecord]:
         """The last `limit` windows in the order of judging, oldest first; all by default."""
-        found = self._read("SELECT id, body FROM windows ORDER BY id DESC LIMIT ?", limit or -1)
+        found = self._database.read(
+            "SELECT id, body FROM windows ORDER BY id DESC LIMIT ?", limit or -1
+        )
         return [_record(row) for row in reversed(found)]
 
     def detector_state(self, name: str) -> dict[str, Any] | None:
         """State of a sequential detector after the last window; None before the first."""
-        found = self._read("SELECT state FROM detectors WHERE name = ?", name)
+        found = self._database.read("SELECT state FROM detectors WHERE name = ?", name)
         return json.loads(found[0][0]) if found else None
 
     # -- alerts ----------------------------------------------------------------------------------
 
     def alerts(
-        self, state: State | None = None, since: datetime | None = None, window: int | None = None
+        self,
+        state: State | None = None,
+        since: datetime | None = None,
+        window: int | None = None,
+        limit: int | None = None,
+        with_repeats: bool = True,
     ) -> list[Alert]:
-        """Alerts in the order they were raised: of a state, since a time (UTC), of a window id."""
-        found = self._read(
+        """The last `limit` alerts, all by default, in the order they were raised.
+
+        Args:
+            state: only those in this state.
+            since: only those raised at this time (UTC) or later.
+            window: only those of this window id.
+            limit: how many.
+            with_repeats: also those that repeat an earlier one.
+        """
+        found = self._database.read(
             "SELECT body FROM alerts WHERE (?1 IS NULL OR state = ?1) "
-            "AND (?2 IS NULL OR created >= ?2) AND (?3 IS NULL OR window = ?3) ORDER BY number",
-            state,
-            stamp(since) if since else None,
-            window,
+            "AND (?2 IS NULL OR created >= ?2) AND (?3 IS NULL OR window = ?3) "
+            "AND (?5 OR repeats IS NULL) ORDER BY number DESC LIMIT ?4",
+            *(state, stamp(since) if since else None, window, limit or -1, with_repeats),
         )
-        return [Alert.from_json(json.loads(body)) for (body,) in found]
+        return [Alert.from_json(json.loads(body)) for (body,) in reversed(found)]
+
+    def alert(self, id: str) -> Alert:
+        """The alert whose id begins so.
+
+        Raises:
+            DataError: there is none, or more than one.
+        """
+        found = self._database.read(
+            "SELECT body FROM alerts WHERE substr(id, 1, ?) = ?", len(id), id
+        )
+        if len(found) != 1 or not id:
+            raise DataError(
+                f"One alert was to have an id that begins with {id!r}, but {len(found)} do. "
+                f"`masklock alerts RUN list` shows them."
+            )
+        return Alert.from_json(json.loads(found[0][0]))
+
+    def alert_ids(self) -> list[str]:
+        """Ids of all alerts, in the order they were raised."""
+        return [id for (id,) in self._database.read("SELECT id FROM alerts ORDER BY number")]
+
+    def raised(self, earliest: datetime, latest: datetime) -> dict[str, str]:
+        """Ids by subject of the alerts raised between two times, those that repeat one left out."""
+        found = self._database.read(
+            "SELECT subject, id FROM alerts WHERE repeats IS NULL AND created BETWEEN ? AND ? "
+            "ORDER BY number",
+            *(stamp(earliest), stamp(latest)),
+        )
+        return dict(found)
+
+    def num_repeats(self) -> dict[str, int]:
+        """How many alerts repeat each of those that were repeated."""
+        found = self._database.read(
+            "SELECT repeats, COUNT(*) FROM alerts GROUP BY 1 HAVING repeats NOT NULL"
+        )
+        return dict(found)
+
+    def open_windows(self) -> set[tuple[str, bool]]:
+        """Content and labelledness of the windows of open alerts that repeat no other."""
+        found = self._database.read(
+            "SELECT DISTINCT sha256, labelled FROM windows w JOIN alerts a ON a.window = w.id "
+            "WHERE state = 'open' AND repeats IS NULL"
+        )
+        return {(sha256, bool(labelled)) for sha256, labelled in found}
 
     def acknowledge(self, id: str, who: str, note: str, at: datetime) -> Alert:
         """Mark an alert as seen; the first acknowledgement stands.
@@ -178,14 +226,8 @@ class History:
         Raises:
             DataError: there is no alert, or more than one, whose id begins so.
         """
-        with self._transaction() as connection:
-            matching = [alert for alert in self.alerts() if alert.id.startswith(id)]
-            if len(matching) != 1:
-                raise DataError(
-                    f"The alert {id!r} was to be acknowledged, but {len(matching)} alerts have an "
-                    f"id that begins so. `masklock alerts RUN list` shows them."
-                )
-            alert = matching[0]
+        with self._database.transaction() as connection:
+            alert = self.alert(id)
             if alert.state == "open":
                 seen = {"by": who, "at": stamp(at), "note": note}
                 alert = dataclasses.replace(alert, state="acknowledged", acknowledged=seen)
@@ -197,89 +239,52 @@ class History:
 
     def deliveries(self, state: DeliveryState | None = None) -> list[Delivery]:
         """Deliveries in the order of their alerts."""
-        found = self._read(
+        found = self._database.read(
             "SELECT alert, sink, d.state, attempts, changed, error FROM deliveries d "
             "JOIN alerts a ON a.id = alert WHERE ?1 IS NULL OR d.state = ?1 ORDER BY number, sink",
             state,
         )
         return [Delivery(*row) for row in found]
 
+    def num_told(self, earliest: datetime, latest: datetime, records: Collection[str]) -> int:
+        """How many alerts were sent, or are about to be, between two times.
+
+        Args:
+            earliest, latest: the times.
+            records: sinks that do not count.
+        """
+        found = self._database.read(
+            "SELECT DISTINCT alert, sink FROM deliveries WHERE changed BETWEEN ? AND ? "
+            "AND state IN ('pending', 'sent', 'given up')",
+            *(stamp(earliest), stamp(latest)),
+        )
+        return len({alert for alert, sink in found if sink not in records})
+
     def save_delivery(self, delivery: Delivery) -> None:
         """Record how far a delivery has come."""
-        with self._transaction():
-            self._put(delivery)
+        with self._database.transaction() as connection:
+            self._put(connection, delivery)
 
     # -- files of a watched folder ---------------------------------------------------------------
 
     def has_seen(self, path: str, version: str) -> bool:
         """Whether a file in this version (size and time) was judged, or refused."""
-        return bool(self._read("SELECT 1 FROM files WHERE path = ? AND version = ?", path, version))
+        return bool(
+            self._database.read("SELECT 1 FROM files WHERE path = ? AND version = ?", path, version)
+        )
 
     def saw(self, path: str, version: str, said: str) -> None:
         """Remember a file, and what was said of it."""
-        with self._transaction() as connection:
+        with self._database.transaction() as connection:
             connection.execute(
                 "INSERT OR REPLACE INTO files VALUES (?, ?, ?)", (path, version, said)
             )
 
-    # -- SQLite ----------------------------------------------------------------------------------
-
-    def _prepare(self) -> None:
-        """Settings and, in a new file, tables; a later version and damage are refused."""
-        for setting in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON"):
-            self._connection.execute(f"PRAGMA {setting}")
-        with self._transaction() as connection:
-            version = connection.execute("PRAGMA user_version").fetchone()[0]
-            if version == 0:
-                for statement in filter(str.strip, _TABLES.split(";")):
-                    connection.execute(statement)
-                connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-            elif version != SCHEMA_VERSION:
-                raise HistoryError(
-                    f"{self.path} is a history of version {version}, this Masklock reads version "
-                    f"{SCHEMA_VERSION}. Use the Masklock that wrote it, or move the file aside."
-                )
-        faults = self._read("PRAGMA quick_check")
-        if faults != [("ok",)]:
-            raise sqlite3.DatabaseError(str(faults[0][0]))
-
-    @contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
-        """All that is written inside, or nothing of it."""
-        with self._explained():
-            self._connection.execute("BEGIN IMMEDIATE")
-            try:
-                yield self._connection
-                self._connection.execute("COMMIT")
-            except BaseException:
-                if self._connection.in_transaction:
-                    self._connection.execute("ROLLBACK")
-                raise
-
-    def _read(self, query: str, *values: Any) -> list[tuple[Any, ...]]:
-        with self._explained(), closing(self._connection.execute(query, values)) as cursor:
-            return cursor.fetchall()
-
-    def _put(self, delivery: Delivery) -> None:
-        self._connection.execute(
+    def _put(self, connection: sqlite3.Connection, delivery: Delivery) -> None:
+        connection.execute(
             "INSERT OR REPLACE INTO deliveries VALUES (?, ?, ?, ?, ?, ?)",
             dataclasses.astuple(delivery),
         )
-
-    @contextmanager
-    def _explained(self) -> Iterator[None]:
-        try:
-            yield
-        except sqlite3.OperationalError as error:
-            raise HistoryError(
-                f"{self.path} could not be read or written: {error}. Nothing was changed; run "
-                f"again once the disk has room and no other process holds the file."
-            ) from None
-        except sqlite3.DatabaseError as error:
-            raise HistoryError(
-                f"{self.path} is damaged, or holds this already: {error}. If it is damaged, move "
-                f"it aside with its -wal and -shm files: the next window starts a new history."
-            ) from None
 
 
 def _text(value: Mapping[str, Any]) -> str:

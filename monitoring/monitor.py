@@ -5,7 +5,7 @@ read what the evaluation learned -> compare -> sequential detectors and rules ->
 """
 
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -21,7 +21,7 @@ from monitoring.history import Delivery, History, WindowRecord
 from monitoring.measures import measures_of, reference_measures
 from monitoring.outbox import Outbox, Receiver
 from monitoring.profile import ReferenceProfile, read_profile
-from monitoring.raising import Raiser
+from monitoring.raising import KEPT, Raiser, kept_name
 from monitoring.rules import NUM_BASELINE_WINDOWS, broken_rules, silent_rules
 from monitoring.run import best_ood_score
 from monitoring.scored import Window, require_matches
@@ -77,7 +77,8 @@ def monitor(
         try:
             known = _known(history, window.sha256, _is_labelled(window))
             outcome = known or _judge(run, config, window, outbox, masks_digest)
-            _write_files(run, config.monitoring, history)
+            _write_files(run, history)
+            _forget_old_windows(run, config.monitoring.keep_windows, history)
         finally:
             tried = outbox.deliver()
     return replace(outcome, deliveries=tried)
@@ -118,6 +119,7 @@ def _judge(
     alerts = [*raiser.of_detectors(results), *raiser.of_rules(findings)]
     if masks_digest is not None:
         alerts = [_with_masks(alert, masks_digest) for alert in alerts]
+    alerts = outbox.marked(alerts)
     record = replace(record, outcome="alert" if alerts else "quiet")
     if alerts:
         _keep(window, run.monitoring / raiser.kept)
@@ -204,19 +206,19 @@ def _keep(window: Window, path: Path) -> None:
     write_bytes(path, buffer.getvalue())
 
 
-def _write_files(run: RunFolder, config: MonitoringConfig, history: History) -> None:
+def _write_files(run: RunFolder, history: History) -> None:
     """Files of alerts that lack theirs: the history may be ahead of them after a crash."""
-    alerts = history.alerts()
-    for alert in alerts:
-        if not (run.monitoring / "alerts" / f"{alert.id}.json").is_file():
-            write_alert(run.monitoring / "alerts", alert)
-    _forget_old_windows(run, config.keep_windows, alerts)
+    for id in history.alert_ids():
+        if not (run.monitoring / "alerts" / f"{id}.json").is_file():
+            write_alert(run.monitoring / "alerts", history.alert(id))
 
 
-def _forget_old_windows(run: RunFolder, num_kept: int, alerts: Sequence[Alert]) -> None:
-    """Copies of windows without open alerts, but for those of the newest alerts."""
-    by_age = list(dict.fromkeys(alert.window["kept"] for alert in reversed(alerts)))
-    is_open = {alert.window["kept"] for alert in alerts if alert.state == "open"}
-    for old in by_age[num_kept:]:
-        if old not in is_open:
-            (run.monitoring / old).unlink(missing_ok=True)
+def _forget_old_windows(run: RunFolder, num_kept: int, history: History) -> None:
+    """Copies of windows but for the newest, and for those of open alerts."""
+    is_open = {kept_name(*window) for window in history.open_windows()}
+    copies = sorted(
+        (run.monitoring / KEPT).glob("*.parquet"), key=lambda path: -path.stat().st_mtime_ns
+    )
+    for old in copies[num_kept:]:
+        if old.name not in is_open:
+            old.unlink(missing_ok=True)

@@ -37,14 +37,18 @@ class Outbox:
     config: MonitoringConfig
     now: Callable[[], datetime]
 
+    def marked(self, alerts: Sequence[Alert]) -> list[Alert]:
+        """New alerts, those that repeat one of lately marked as such."""
+        told = self.history.raised(*self._around(timedelta(hours=self.config.repeat_after_hours)))
+        return [replace(alert, repeats=told.get(alert.subject)) for alert in alerts]
+
     def plan(self, alerts: Sequence[Alert]) -> list[Delivery]:
-        """Deliveries of new alerts; repeats, and those over the limit a day, are marked as such."""
-        told = self._told()
-        room = self.config.max_alerts_a_day - self._num_sent_today()
+        """Deliveries of new alerts; repeats, and those over the limit a day, are not due."""
+        room = self._room()
         planned = []
         for alert in alerts:
             state: DeliveryState = "pending" if room > 0 else "held"
-            state = "repeat" if any(self._repeats(alert, one) for one in told) else state
+            state = "repeat" if alert.repeats else state
             room -= state == "pending"
             planned += [
                 Delivery(
@@ -58,11 +62,10 @@ class Outbox:
     def deliver(self) -> list[Delivery]:
         """Send everything that is due, oldest first; returns what was tried, and how it went."""
         self._release_held()
-        alerts = {alert.id: alert for alert in self.history.alerts()}
         tried = []
         for delivery in self.history.deliveries("pending"):
             if (receiver := self.receivers.get(delivery.sink)) is not None:
-                error = _why_not_sent(receiver, alerts[delivery.alert])
+                error = _why_not_sent(receiver, self.history.alert(delivery.alert))
                 tried.append(self._after(delivery, error))
                 self.history.save_delivery(tried[-1])
         return tried
@@ -78,38 +81,21 @@ class Outbox:
     def _release_held(self) -> None:
         """Held alerts become due, oldest first, as far as today's limit has room."""
         held = self.history.deliveries("held")
-        room = max(0, self.config.max_alerts_a_day - self._num_sent_today())
-        released = list(dict.fromkeys(delivery.alert for delivery in held))[:room]
+        due = list(dict.fromkeys(delivery.alert for delivery in held))[: self._room()]
         for delivery in held:
-            if delivery.alert in released:
-                due = replace(delivery, state="pending", changed=stamp(self.now()))
-                self.history.save_delivery(due)
+            if delivery.alert in due:
+                released = replace(delivery, state="pending", changed=stamp(self.now()))
+                self.history.save_delivery(released)
 
-    def _messages(self, *states: DeliveryState) -> list[Delivery]:
+    def _room(self) -> int:
+        """How many more alerts may be sent in these 24 hours."""
         records = {name for name, receiver in self.receivers.items() if receiver.keeps_all}
-        return [
-            one
-            for one in self.history.deliveries()
-            if one.state in states and one.sink not in records
-        ]
+        num_told = self.history.num_told(*self._around(A_DAY), records)
+        return max(0, self.config.max_alerts_a_day - num_told)
 
-    def _num_sent_today(self) -> int:
-        sent = self._messages("pending", "sent", "given up")
-        return len({one.alert for one in sent if self._is_within(A_DAY, one.changed)})
-
-    def _told(self) -> list[Alert]:
-        """Alerts that people were told of, or will be."""
-        ids = {one.alert for one in self._messages("pending", "held", "sent", "given up")}
-        return [alert for alert in self.history.alerts() if alert.id in ids]
-
-    def _repeats(self, alert: Alert, before: Alert) -> bool:
-        """Whether people were told of the same thing lately."""
-        lately = timedelta(hours=self.config.repeat_after_hours)
-        return alert.subject == before.subject and self._is_within(lately, before.created)
-
-    def _is_within(self, span: timedelta, time: str) -> bool:
-        """Whether a time is near: a clock that has jumped ahead and back silences nothing long."""
-        return abs(datetime.fromisoformat(time) - self.now()) < span
+    def _around(self, span: timedelta) -> tuple[datetime, datetime]:
+        """Lately, on both sides of now: a clock that was ahead silences nothing for long."""
+        return self.now() - span, self.now() + span
 
 
 def _why_not_sent(receiver: Receiver, alert: Alert) -> str:

@@ -17,6 +17,8 @@ from monitoring.rules import Finding
 from monitoring.scored import Window
 from pipeline.config.monitoring import MonitoringConfig, Severity
 
+KEPT = "windows"
+"""Folder, in that of monitoring, of the copies of windows."""
 MAX_COLUMNS = 10
 # What measures of quality are about, as a column of the window.
 _OF_QUALITY = {"estimated_accuracy": "confidence", "ece": "confidence"}
@@ -26,6 +28,11 @@ _SAID = {
     "tail": "{:.2f} of the rows are beyond the reference's 95 % quantile",
 }
 _REPLAYED = ("seed", "num_mc_passes", "plan_digest", "batch_size", "model_version", "task")
+
+
+def kept_name(sha256: str, is_labelled: bool) -> str:
+    """Name of the copy of a window of this content."""
+    return f"{sha256[:16]}{'-labelled' if is_labelled else ''}.parquet"
 
 
 @dataclass(frozen=True)
@@ -42,8 +49,7 @@ class Raiser:
     @property
     def kept(self) -> Path:
         """Where, in the folder of monitoring, the window is kept for a replay."""
-        labelled = "-labelled" if self.record.labelled else ""
-        return Path("windows") / f"{self.window.sha256[:16]}{labelled}.parquet"
+        return Path(KEPT) / kept_name(self.record.sha256, self.record.labelled)
 
     def of_rules(self, findings: Iterable[Finding]) -> list[Alert]:
         """An alert for each broken rule."""

@@ -19,7 +19,7 @@ promise about runs: alarms that stay up are one alarm; `restart` after a change 
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -29,6 +29,7 @@ from scipy.special import logsumexp
 from pipeline.errors import DataError
 
 Direction = Literal["up", "down", "both"]
+_SCHEMA = "masklock-e-detector-v1"
 
 # Bets in units of 1 / spread. The one that grows fastest after a change by d spreads is about d;
 # the smallest also sees changes of a tenth of that size, given large windows or time.
@@ -65,7 +66,7 @@ class EDetector:
         Args:
             mean_lower, mean_upper: bounds on the mean of a row without change, in [0, 1]
                 (`monitoring.bounds`); only those of the direction matter.
-            average_run_length: A, in scheduled runs: no more than one false alarm in so many.
+            average_run_length: A: scheduled runs to a false alarm, on average at least.
             direction: of the change that matters.
             spread: standard deviation of the reference's scores; the bets aim at changes of
                 some tenths of it. Without it, that of a score that is either 0 or 1.
@@ -110,7 +111,7 @@ class EDetector:
     def to_json(self) -> dict[str, Any]:
         """The state as JSON's own types; `from_json` gives back the very same floats."""
         return {
-            "schema": "masklock-e-detector-v1",
+            "schema": _SCHEMA,
             "mean_lower": self.mean_lower,
             "mean_upper": self.mean_upper,
             "average_run_length": self.average_run_length,
@@ -122,15 +123,14 @@ class EDetector:
     @classmethod
     def from_json(cls, state: dict[str, Any]) -> "EDetector":
         """The detector that `to_json` wrote down."""
-        values = dict(state)
-        if (schema := values.pop("schema", None)) != "masklock-e-detector-v1":
+        names = {field.name for field in fields(cls)}
+        if state.get("schema") != _SCHEMA or state.keys() != {"schema", *names}:
             raise DataError(
-                f"A detector's state has schema 'masklock-e-detector-v1', this one {schema!r}. "
-                "Start the detector anew."
+                f"A detector's state has schema {_SCHEMA!r} with {sorted(names)}; this one has "
+                f"schema {state.get('schema')!r} with {sorted(state)}. Start the detector anew."
             )
-        values["bets"] = tuple(values["bets"])
-        values["log_sums"] = tuple(values["log_sums"])
-        return cls(**values)
+        values = {name: state[name] for name in names}
+        return cls(**values | {name: tuple(values[name]) for name in ("bets", "log_sums")})
 
 
 def log_e_values(detector: EDetector, values: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -19,11 +19,15 @@ def without_data_bars() -> None:
 
 
 def without_waiting_lines() -> None:
-    """One sentence while the hub does not answer, instead of two a try; none on a lack of GPU."""
+    """One sentence while the hub does not answer, instead of two a try; none on a lack of GPU.
+
+    Nor on that of a faster kernel, which bitsandbytes would fetch from the hub.
+    """
     logging.getLogger("huggingface_hub.utils._http").addFilter(_FirstRetry())
     logging.getLogger("DeepSpeed").addFilter(
         lambda record: "Setting accelerator to CPU" not in record.getMessage()
     )
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def without_old_collectives() -> None:

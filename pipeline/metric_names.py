@@ -58,7 +58,7 @@ CURVES = {
 PICTURES = {"figures/*": "the charts of the report"}
 TABLES = {
     "uncertainty/most_uncertain": "the test rows whose answers deserve the least trust",
-    "monitor/alerts": "the newest alerts",
+    "monitor/alerts": "the alerts of a window",
 }
 
 

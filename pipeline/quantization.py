@@ -4,7 +4,6 @@ Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs", NeurIPS 2023. 
 its name, so that a quantized model has the sites and the masks of the plain one.
 """
 
-import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -52,7 +51,6 @@ def require_quantizer(config: RunConfig) -> None:
 def _quantizer(given: dict[str, Any]) -> Any:
     from transformers.quantizers.auto import AutoHfQuantizer, AutoQuantizationConfig
 
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it lacks faster kernels: not news
     return AutoHfQuantizer.from_config(AutoQuantizationConfig.from_dict(given), pre_quantized=False)
 
 

@@ -44,4 +44,5 @@ def quickstart(
         raise SystemExit(code)
     run = RunFolder(Path(config.output_dir) / config.name)
     evaluate(run, config, say, exhibits, keep_profile)
+    say(f"The reference is {run.profile}: masklock monitor {run.path} --window FILES")
     return report(run)

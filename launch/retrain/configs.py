@@ -1,9 +1,10 @@
-"""The configurations of a retraining, from its recipe: pure functions of configurations."""
+"""The configurations of a retraining, from its recipe."""
 
 from pathlib import Path
 from typing import Any
 
 from pipeline.config.schema import RunConfig
+from pipeline.records import sha256_of_file
 
 SPLITS = ("train", "validation", "test")
 
@@ -25,7 +26,7 @@ def challenger_config(
             "model_name_or_path": str(start),
             "model_type": None,
             "config_overrides": {},
-            "weights_sha256": None,
+            "weights_sha256": _sum_of(start / "model.safetensors"),
             "tokenizer_name_or_path": None,
         }
     return RunConfig.model_validate(changed)
@@ -42,6 +43,11 @@ def bench_config(champion: RunConfig, challenger: RunConfig, name: str) -> RunCo
     changed["data"] = other["data"] | own
     changed["wandb"] |= {"mode": "disabled"}
     return RunConfig.model_validate(changed)
+
+
+def _sum_of(weights: Path) -> str | None:
+    """Checked whenever they are loaded; None where they are in several files."""
+    return sha256_of_file(weights) if weights.is_file() else None
 
 
 def _rows_of(folder: Path) -> dict[str, Any]:

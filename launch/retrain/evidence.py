@@ -2,7 +2,7 @@
 
 import glob
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,13 +49,18 @@ def history_of(run: RunFolder) -> Path:
 def read_windows(path: Path, after: int = 0, limit: int = 200) -> list[WindowFact]:
     """The last windows with an id above `after`, oldest first; none where there is no history.
 
-    A window that was judged again, when its labels came, counts once, as it was judged last.
+    Labels that come later are judged as a record of their own; both are one window here.
     """
     if not path.exists():
         return []
+    merged: dict[str, WindowFact] = {}
     with History(path) as history:
-        records = {record.sha256: record for record in history.windows(limit)}
-        return [_fact(history, r) for r in records.values() if r.id is not None and r.id > after]
+        for record in history.windows(limit):
+            if record.id is not None and record.id > after:
+                fact = _fact(history, record)
+                known = merged.get(fact.sha256)
+                merged[fact.sha256] = fact if known is None else _joined(known, fact)
+    return list(merged.values())
 
 
 def _fact(history: History, record: WindowRecord) -> WindowFact:
@@ -65,6 +70,18 @@ def _fact(history: History, record: WindowRecord) -> WindowFact:
     ids = tuple(alert.id for alert in alerts)
     measures = dict(record.measures)
     return WindowFact(record.id, record.sha256, record.created, worst, ids, measures)
+
+
+def _joined(first: WindowFact, second: WindowFact) -> WindowFact:
+    """In the place of the first, with what the second adds."""
+    worst = max((one.severity for one in (first, second)), key=lambda name: _rank(name or ""))
+    return replace(
+        first,
+        id=second.id,
+        severity=worst,
+        alerts=first.alerts + second.alerts,
+        measures=first.measures | second.measures,
+    )
 
 
 def _rank(severity: str) -> int:

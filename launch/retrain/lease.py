@@ -6,8 +6,8 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-from launch.locking import file_lock
 from launch.retrain.store import Clock, Store
+from pipeline.locking import file_lock
 
 logger = logging.getLogger(__name__)
 

@@ -25,7 +25,7 @@ from launch.retrain.policy import duration
 from launch.retrain.processes import Run
 from launch.retrain.rows import Sources, mix
 from launch.retrain.store import Clock, Retraining, State, Store
-from launch.retrain.triggers import Finding, Seen, findings
+from launch.retrain.triggers import Finding, Seen, findings, require_metric
 from monitoring.comparison import compare_runs, read_side
 from pipeline.config.load import config_hash
 from pipeline.errors import InputError
@@ -93,6 +93,7 @@ class Line:
         history = self.history(champion)
         after = int(last["window"]) if last.get("history") == str(history) else 0
         windows = read_windows(history, after)
+        require_metric(self.plan.policy.triggers.kpi, windows)
         rows = self._row_counts()
         since = answered[-1].started if answered else champion.created
         seen = Seen(

@@ -98,16 +98,20 @@ class Place:
         self._stage("rows", str(recipe), str(self.base))
 
     def write_config(self, champion: Version) -> None:
-        """The challenger's configuration; with the champion's whole weights if it starts there."""
-        if self.config.is_file():
-            return
-        start = None
-        if self.plan.policy.start_from == "champion":
-            start = self.folder / "start"
-            if not start.is_dir():
-                self._stage("export", str(champion.folder), str(start))
-        config = challenger_config(self.plan.recipe, self.name, self.data, start)
-        write_text(self.config, dump_config(config))
+        """The challenger's configuration."""
+        if not self.config.is_file():
+            start = self._start(champion) if self.plan.policy.start_from == "champion" else None
+            config = challenger_config(self.plan.recipe, self.name, self.data, start)
+            write_text(self.config, dump_config(config))
+
+    def _start(self, champion: Version) -> Path:
+        """The champion's whole weights, where they stay: what starts from them needs them later."""
+        if load_config(champion.folder, check_installed=False).peft is None:
+            return champion.run.model
+        whole = Path(self.plan.policy.registry) / "whole" / champion.name
+        if not whole.is_dir():
+            self._stage("export", str(champion.folder), str(whole))
+        return whole
 
     def train(self) -> None:
         """Train the challenger, or go on."""
@@ -136,8 +140,8 @@ class Place:
         self._evaluate(bench, "champion.evaluated")
 
     def clean(self) -> None:
-        """Remove what nobody reads after the end: whole weights, the recipe's rows."""
-        for name in ("start", "base", "champion/model"):
+        """Remove what nobody reads after the end."""
+        for name in ("base", "champion/model"):
             shutil.rmtree(self.folder / name, ignore_errors=True)
 
     def _config(self) -> RunConfig:

@@ -12,6 +12,7 @@ from pipeline.config.roles import PositiveInt, Section
 Severity = Literal["info", "warning", "critical"]
 NonNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
+_PERFORMANCE = ("accuracy", "ece", "nll", "calibration_shift", "estimated_accuracy")
 _UNITS = {"m": "minutes", "h": "hours", "d": "days"}
 
 
@@ -74,20 +75,22 @@ class DriftTrigger(WindowsTrigger):
 
 
 class KpiTrigger(WindowsTrigger):
-    """A measure of the windows beyond a bound: `eval/accuracy`, `drift/COLUMN/mean`, ..."""
+    """A measure of the windows beyond a bound."""
 
     metric: str
+    """`drift/performance/accuracy` (of windows with labels), `.../estimated_accuracy` (of all), `drift/COLUMN/mean`, ..."""
     below: float | None = None
     above: float | None = None
 
     @field_validator("metric")
     @classmethod
     def _namespace(cls, name: str) -> str:
-        known = ("eval/", "calibration/", "uncertainty/", "ood/", "drift/", "monitor/")
-        if not name.startswith(known):
-            raise ValueError(
-                f"{name} is no measure of a window: those begin with {', '.join(known)}"
-            )
+        family, _, last = name.rpartition("/")
+        if not name.startswith("drift/"):
+            raise ValueError(f"{name} is no measure of a window: those begin with drift/")
+        if family == "drift/performance" and last not in _PERFORMANCE:
+            listed = ", ".join(_PERFORMANCE)
+            raise ValueError(f"there is no {name}; of drift/performance/ there are {listed}")
         return name
 
     @model_validator(mode="after")

@@ -15,6 +15,10 @@ from launch.retrain.policy import (
     duration,
 )
 from launch.retrain.schedule import last_turn, next_turn
+from pipeline.config.problems import nearest
+from pipeline.errors import ConfigError
+
+OF_PERFORMANCE = "drift/performance/"
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,23 @@ def findings(policy: Policy, seen: Seen) -> list[Finding]:
 def new_rows(seen: Seen) -> int:
     """Rows that came since the last retraining; a file that shrank counts nothing."""
     return sum(max(0, rows - seen.rows_before.get(path, 0)) for path, rows in seen.rows.items())
+
+
+def require_metric(trigger: KpiTrigger | None, windows: Sequence[WindowFact]) -> None:
+    """Refuse a KPI that no window has: it would never fire. Those of labels may still come.
+
+    Raises:
+        ConfigError: with the nearest measure that there is.
+    """
+    if trigger is None or trigger.metric.startswith(OF_PERFORMANCE):
+        return
+    known = {name for window in windows for name in window.measures}
+    if len(windows) >= trigger.of_windows and trigger.metric not in known:
+        problem = (
+            f"triggers.kpi.metric: none of the last {len(windows)} windows has "
+            f"{trigger.metric}{nearest(trigger.metric, known)}"
+        )
+        raise ConfigError([problem], "retraining policy")
 
 
 def _manual(seen: Seen) -> Finding:

@@ -16,7 +16,7 @@ from pipeline.exhibits import MAX_ROWS, Curve, Exhibit, Picture, Table
 from pipeline.records import RunFolder
 
 NUM_BINS = 30
-MEASURES = ("predictive_entropy", "mutual_information", "confidence")
+MEASURES = ("predictive_entropy", "mutual_information", "confidence", "perplexity")
 _ROW_COLUMNS = (
     *("sample_id", "text", "label", "prediction", "correct", "confidence", "log_probability"),
     *("perplexity", "predictive_entropy", "mutual_information", "disagreement"),
@@ -48,14 +48,15 @@ def reliability(run: Run) -> dict[str, Curve]:
 
 
 def uncertainty(run: Run) -> dict[str, Curve]:
-    """Each measure for right and wrong answers of the test rows."""
+    """Each measure for right and wrong answers of the test rows; for all where none is known."""
     test, curves = run.samples_of("test"), {}
+    names = {True: "right", False: "wrong", None: "test"}
     for measure in MEASURES:
         groups = {
-            name: _finite([row.get(measure) for row in test if row.get("correct") is wanted])
-            for name, wanted in (("right", True), ("wrong", False))
+            name: _finite([row.get(measure) for row in test if row.get("correct") is correct])
+            for correct, name in names.items()
         }
-        if all(len(values) for values in groups.values()):
+        if groups := {name: values for name, values in groups.items() if len(values)}:
             curve = histogram(sentence_title(measure), measure, groups)
             curves[f"uncertainty/{measure}_histogram"] = curve
     return curves

@@ -71,7 +71,7 @@ def _dropout_and_uncertainty() -> list[ws.Section]:
                 "uncertainty/expected_entropy",
                 "uncertainty/mutual_information",
             ),
-            _bars("Quality", "eval/deterministic_accuracy", "eval/mc_accuracy"),
+            _lines("Quality", STEP, pattern="eval/(deterministic|mc)_(accuracy|f1|perplexity)"),
             _table("uncertainty/most_uncertain"),
         ),
         _section(

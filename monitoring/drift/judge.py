@@ -88,7 +88,7 @@ def _embedding(
     profile: ReferenceProfile, window: Window, settings: DriftSettings
 ) -> list[ColumnDrift]:
     reference, rows = profile.sample_embeddings(), window.embeddings()
-    if reference is None or rows is None:
+    if reference is None or rows is None or columns.EMBEDDING in settings.ignore:
         return []
     return [judge_embeddings(reference, rows, settings)]
 
@@ -96,7 +96,7 @@ def _embedding(
 def _not_compared(profile: ReferenceProfile, window: Window) -> dict[str, str]:
     known = {*profile.numbers, *profile.categories} - columns.LABELLED
     here = set(window.table.column_names) - columns.ASIDE - columns.LABELLED
-    only_there = {name: "not in the window" for name in known - here}
+    only_there = {name: "not in the window" for name in sorted(known - here)}
     return only_there | {name: "not in the reference profile" for name in sorted(here - known)}
 
 

@@ -71,7 +71,7 @@ def calibration_error(
     estimate = error(np.arange(n))
     high, low = np.quantile(resampled, [(1 + level) / 2, (1 - level) / 2])
     lower, upper = max(0.0, 2 * estimate - float(high)), 2 * estimate - float(low)
-    return Estimate(estimate, lower, max(upper, estimate), reference)
+    return Estimate(estimate, min(lower, estimate), max(upper, estimate), reference)
 
 
 def negative_log_likelihood(
@@ -114,10 +114,8 @@ def calibration_shift(
     statistic = (weights.sum() * difference) ** 2 / under_null if under_null > 0 else 0.0
     spread = weights**2 * (_variances(hits, n) / n + _variances(reference_hits, m) / m)
     margin = stats.norm.ppf((1 + level) / 2) * np.sqrt(spread.sum()) / weights.sum()
-    p_value = float(stats.chi2.sf(statistic, 1))
-    return Estimate(
-        difference, difference - float(margin), difference + float(margin), 0.0, p_value
-    )
+    lower, upper = difference - float(margin), difference + float(margin)
+    return Estimate(difference, lower, upper, 0.0, float(stats.chi2.sf(statistic, 1)))
 
 
 def estimated_accuracy(

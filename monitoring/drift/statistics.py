@@ -84,18 +84,12 @@ def tails(reference: FloatArray, window: FloatArray) -> TestResult:
     Chi2 of the counts below, inside and above; effect: the larger change of a tail's share.
     """
     low, high = np.quantile(reference, [0.05, 0.95], method="inverted_cdf")
-    counts = [
-        np.array(
-            [
-                (values < low).sum(),
-                ((low <= values) & (values <= high)).sum(),
-                (values > high).sum(),
-            ]
-        )
-        for values in (reference, window)
-    ]
-    found = chi2(*counts)
-    changes = np.abs(counts[1] / len(window) - counts[0] / len(reference))
+    before, after = (
+        np.array([(side < low).sum(), ((low <= side) & (side <= high)).sum(), (side > high).sum()])
+        for side in (reference, window)
+    )
+    found = chi2(before, after)
+    changes = np.abs(after / len(window) - before / len(reference))
     return TestResult(found.statistic, found.p_value, float(max(changes[0], changes[2])))
 
 

@@ -69,7 +69,11 @@ def judge_counts(
 def judge_embeddings(
     reference: NDArray[np.floating], window: NDArray[np.floating], settings: DriftSettings
 ) -> ColumnDrift:
-    """Embeddings [n, D] and [m, D]; of more than `max_embedding_rows` as many, evenly spread."""
+    """Embeddings [n, D] and [m, D], rows with NaN left out.
+
+    Of more than `max_embedding_rows` there are as many, evenly spread over the window.
+    """
+    window = window[np.isfinite(window).all(axis=1)]
     if (note := _too_few(len(reference), len(window), settings)) is not None:
         return ColumnDrift(EMBEDDING, "embedding", len(window), note=note)
     kept = _evenly(len(window), settings.max_embedding_rows)

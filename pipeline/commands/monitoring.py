@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pipeline.commands.shell import Run, as_json_text, folder_of, load, say
-from pipeline.commands.windows import Judge, replayed, tell
+from pipeline.commands.shell import Run, as_json_text, folder_of, say
+from pipeline.commands.windows import Judge, load_trained, replayed, tell
 from pipeline.errors import InputError
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def alerts(
     """List the alerts of a run, or acknowledge one."""
     if action not in ("list", "ack") or (action == "ack") != (alert is not None):
         raise InputError("Ask for `masklock alerts RUN list`, or for `masklock alerts RUN ack ID`.")
-    folder = folder_of(run, load(run))
+    folder = folder_of(run, load_trained(run))
     from monitoring.acknowledging import acknowledge, listed
 
     if alert is not None:
@@ -185,9 +185,13 @@ def _table(rows: list[dict[str, Any]]) -> list[str]:
         return ["No alerts."]
     return [
         f"{row['id']}  {row['created'][:16]}  {row['severity']:8}  {row['state']:12}  "
-        f"{row['title']}{_undelivered(row['deliveries'])}"
+        f"{row['title']}{_repeated(row['num_repeats'])}{_undelivered(row['deliveries'])}"
         for row in rows
     ]
+
+
+def _repeated(times: int) -> str:
+    return f"  (and {times} more since)" if times else ""
 
 
 def _undelivered(deliveries: dict[str, dict[str, Any]]) -> str:

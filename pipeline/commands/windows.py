@@ -5,13 +5,13 @@ What the two halves do not know of each other is joined here.
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
-from pipeline.commands.shell import folder_of, load, stdout_for_data
+from pipeline.commands.shell import folder_of, stdout_for_data
 from pipeline.errors import InputError
 
 if TYPE_CHECKING:
@@ -19,31 +19,53 @@ if TYPE_CHECKING:
     from monitoring.monitor import MonitorOutcome
     from monitoring.replay import Replay
     from monitoring.scored import Window
+    from pipeline.config.schema import RunConfig
     from pipeline.records import RunFolder
+    from pipeline.tracking import Tracker
 
 SCORED = {"sample_id", "predictive_entropy"}
 """Columns that tell scored rows from raw ones."""
+
+
+def load_trained(run: str, overrides: Sequence[str] = ()) -> "RunConfig":
+    """A run's configuration; what only torch and peft know of it, its training has checked."""
+    from pipeline.config.load import load_config
+
+    return load_config(run, overrides, check_installed=False)
 
 
 class Judge:
     """A run, opened once for all windows that it will judge."""
 
     def __init__(self, run: str, overrides: list[str]) -> None:
-        self.config = load(run, overrides)
+        self.config = load_trained(run, overrides)
         self.folder = folder_of(run, self.config)
         from monitoring.receivers import receivers_of
-        from pipeline.tracking import open_window_tracker, wandb_mode, wandb_sink
+        from pipeline.tracking import wandb_mode
 
-        self.tracker = open_window_tracker(self.config, self.folder)
-        wandb = None if wandb_mode(self.config) == "disabled" else wandb_sink(self.tracker)
+        wandb = None if wandb_mode(self.config) == "disabled" else self._alert_by_wandb
         self.receivers = receivers_of(self.config.monitoring.sinks, self.folder, wandb)
 
+    @functools.cached_property
+    def tracker(self) -> "Tracker":
+        """Opened by the first window that is judged, or alert that is sent."""
+        from pipeline.tracking import open_window_tracker
+
+        tracker = open_window_tracker(self.config, self.folder)
+        tracker.start(self.config.model_dump(mode="json"), self.config.name)
+        return tracker
+
     def __enter__(self) -> "Judge":
-        self.tracker.start(self.config.model_dump(mode="json"), self.config.name)
         return self
 
     def __exit__(self, *error: object) -> None:
-        tell(self.tracker.finish())
+        if "tracker" in vars(self):
+            tell(self.tracker.finish())
+
+    def _alert_by_wandb(self, alert: Mapping[str, Any]) -> None:
+        from pipeline.tracking import wandb_sink
+
+        wandb_sink(self.tracker)(alert)
 
     def __call__(self, files: list[Path], labels: list[Path]) -> "MonitorOutcome":
         """Judge one window, raw files scored first."""
@@ -88,7 +110,7 @@ class Judge:
 
     def _show(self, window: "Window", outcome: "MonitorOutcome") -> None:
         """monitor.html anew; a row, curves beside the reference, and the newest of all alerts."""
-        from monitoring.acknowledging import alerts_of
+        from monitoring.acknowledging import newest_alerts
         from monitoring.dashboards.window import alert_table, window_curves, window_row
         from monitoring.production import write_monitor_page
         from monitoring.profile import read_profile
@@ -100,7 +122,7 @@ class Judge:
         self.tracker.log(row, outcome.record.id)
         for name, curve in window_curves(read_profile(self.folder), window).items():
             self.tracker.show(name, curve)
-        self.tracker.show("monitor/alerts", alert_table(alerts_of(self.folder)))
+        self.tracker.show("monitor/alerts", alert_table(newest_alerts(self.folder, 1000)))
 
 
 def _are_scored(files: list[Path]) -> bool:
@@ -131,7 +153,7 @@ def replayed(folder: "RunFolder", alert: "Alert") -> "Replay":
     from pipeline.trained import model_version
 
     rows, before = kept_rows(folder, alert), alert.replay
-    config = as_scored(load(str(folder.path)), before)
+    config = as_scored(load_trained(str(folder.path)), before)
     with stdout_for_data():
         again = rescore(folder, config, rows, [row["place"] for row in alert.rows])
     now = {

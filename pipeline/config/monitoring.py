@@ -227,7 +227,7 @@ class WebhookConfig(SinkConfig):
                 problems.append("url must be an https address")
             elif parts.username or parts.password or parts.query:
                 problems.append("url must hold no login and no query: use url_env for secret ones")
-            elif self.allowed_hosts and parts.hostname not in self.allowed_hosts:
+            elif parts.hostname not in [host.lower() for host in self.hosts]:
                 problems.append(f"the host {parts.hostname} of url is not among allowed_hosts")
         if problems:
             raise ValueError("; ".join(problems))

@@ -6,6 +6,7 @@ bias, sinks and softcap; sites, call numbers and masks are those of `attn_implem
 """
 
 import inspect
+import math
 import re
 import sys
 from collections.abc import Callable
@@ -13,16 +14,21 @@ from functools import lru_cache
 from types import FunctionType
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
+from pipeline.dropout import doors
 from pipeline.dropout.doors import SiteRate
+from pipeline.dropout.kernels import flash
 
 KEYED = "keyed"
 Attends = Callable[[str, float], SiteRate | float]
 """(site, rate of the call) -> what stands for the rate in the model's eager function."""
 
+# Options that eager functions take no notice of: the mask has it, or it is for other modules.
+_IGNORED = {"scaling", "is_causal", "sliding_window", "position_ids", "cache_position", "use_cache"}
 _EAGER = "eager_attention_forward"
 # A file that asks for "eager" by name does something there that no other name gets. GPT-2's only
 # asks whether to reorder the products of a scaled score.
@@ -56,9 +62,64 @@ def attention_forward(
         eager = owner.masklock_eager
     else:
         eager = eager_function(cast(Any, type(owner)))
+    if isinstance(rate, SiteRate) and flash.ready(query.device):
+        fused = _fused(owner, rate, query, key, value, attention_mask, options)
+        if fused is not None:
+            return fused, None
     found: tuple[Tensor, Tensor | None]
     found = eager(module, query, key, value, attention_mask, dropout=rate, **options)
     return found
+
+
+def _fused(
+    module: Any,
+    rate: SiteRate,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    options: dict[str, Any],
+) -> Tensor | None:
+    """The same by the fused kernel, `[B, Q, H, D]`; None where it cannot give what eager gives."""
+    asked = {name for name, given in options.items() if given is not None and given is not False}
+    if asked - _IGNORED or not flash.serves(query, value, mask) or not _is_plain(module, query):
+        return None
+    found = rate.coordinates and rate.coordinates(rate.site, rate.rate, query, key.shape[2])
+    if found is None:
+        return None
+    scaling = options.get("scaling")
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    result = flash.flash_attention(query, key, value, mask, found[0], scaling, found[1])
+    return result.transpose(1, 2).contiguous()
+
+
+def _is_plain(module: Any, like: Tensor) -> bool:
+    """Whether a module's eager function is softmax(q k^T * scaling + mask) v; tried once."""
+    if "masklock_plain" not in vars(module):
+        if torch.compiler.is_compiling():
+            return False
+        module.__dict__["masklock_plain"] = _try_plain(module, like)
+    return bool(module.masklock_plain)
+
+
+@torch.no_grad()
+def _try_plain(module: Any, like: Tensor) -> bool:
+    repeats = getattr(module, "num_key_value_groups", 1)
+    heads, width = like.shape[1], like.shape[-1]
+    shapes = ((heads, 3, width), (heads // repeats, 5, width), (heads // repeats, 5, width))
+    options: dict[str, Any] = {"dtype": torch.float32, "device": like.device}
+    q, k, v = (torch.arange(math.prod(s), **options).sin().view(1, *s) for s in shapes)
+    mask = torch.arange(15, **options).cos().view(1, 1, 3, 5)
+    nothing = SiteRate("", lambda door, site, x, rate: x, 0.0)
+    with doors.open_functional(lambda owner: None):
+        try:
+            found = module.masklock_eager(module, q, k, v, mask, scaling=0.37, dropout=nothing)[0]
+        except Exception:  # whatever an eager function of its own kind asks for
+            return False
+    k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
+    expected = torch.softmax(q @ k.mT * 0.37 + mask, -1) @ v
+    same: bool = torch.allclose(found.float(), expected.transpose(1, 2), rtol=1e-2, atol=1e-3)
+    return same
 
 
 AttentionInterface.register(KEYED, attention_forward)
@@ -79,8 +140,8 @@ def open_attention(names: dict[nn.Module, str], attends: Attends) -> Callable[[]
 
     def close() -> None:
         for module in opened:
-            for attribute in ("masklock_attends", "masklock_site", "masklock_eager"):
-                module.__dict__.pop(attribute, None)
+            for attribute in ("attends", "site", "eager", "plain"):
+                module.__dict__.pop(f"masklock_{attribute}", None)
 
     return close
 

@@ -277,7 +277,20 @@ class KeyedDropout:
         if self._active() is None:
             self._without_context(site, rate)
             return 0.0
-        return doors.SiteRate(site, self._draw, rate)
+        return doors.SiteRate(site, self._draw, rate, self._coordinates)
+
+    def _coordinates(self, site: str, rate: float, query: Tensor, num_keys: int) -> Any:
+        """Those of a fused attention, which then has drawn; None where it must not be fused."""
+        active = self._active()
+        assert active is not None
+        call = (doors.FUNCTIONAL, site, active.counters.get((doors.FUNCTIONAL, site), 0))
+        mask, has_rows = self._live.get(call), query.shape[0] == len(active.row_ids)
+        is_attention = mask is not None and mask.variant.name == "attention" and not mask.is_shared
+        if self.observer is not None or not is_attention or not has_rows:
+            return None
+        found = self._claim(doors.FUNCTIONAL, site, rate)
+        assert found is not None
+        return found[0].coordinates(active, found[2], query.shape[2], num_keys, query.device)
 
     def _draw_noise(self, door: str, site: str, x: Tensor, rate: float) -> Tensor:
         """NEFTune: the hook of an inserted site, under its own door; only training draws."""

@@ -52,10 +52,16 @@ def _keyed_class(original: type[nn.Module], mixin: type) -> type[nn.Module]:
 
 
 class SiteRate:
-    """A rate that carries its site: the modelling file hands it to `nn.functional.dropout`."""
+    """A rate that carries its site: the modelling file hands it to `nn.functional.dropout`.
 
-    def __init__(self, site: str, draw: Draw, rate: float) -> None:
-        self.site, self.draw, self.rate = site, draw, rate
+    `coordinates` draws for a kernel that masks by itself: (site, rate, query, number of keys) ->
+    coordinates and first head, or None.
+    """
+
+    def __init__(
+        self, site: str, draw: Draw, rate: float, coordinates: Callable[..., Any] | None = None
+    ) -> None:
+        self.site, self.draw, self.rate, self.coordinates = site, draw, rate, coordinates
 
 
 def site_names(model: nn.Module) -> dict[nn.Module, str]:

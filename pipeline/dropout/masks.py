@@ -160,11 +160,17 @@ class SiteMask:
         B, (Q, K) = active.row_ids.shape[0], x.shape[-2:]
         if x.dim() == 4 and x.shape[0] > B:
             return self._windows(active, key, x)
-        queries, keys = self._attention_positions(active, Q, K, x.device)
-        per_row = self._per_row(active, key, queries.expand(B, Q), Q, x.device)
-        ids = (*per_row[:3], keys.expand(B, K), *per_row[3:])
-        head = self._shard(active).head
+        ids, head = self.coordinates(active, key, Q, K, x.device)
         return keyed_attention(x.reshape(B, -1, Q, K), *ids, head).view(x.shape)
+
+    def coordinates(
+        self, active: ActiveMasks, key: Tensor, Q: int, K: int, device: torch.device
+    ) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], int]:
+        """What `keyed_attention` takes for probabilities `[B, H, Q, K]`, and their first head."""
+        B = active.row_ids.shape[0]
+        queries, keys = self._attention_positions(active, Q, K, device)
+        per_row = self._per_row(active, key, queries.expand(B, Q), Q, device)
+        return (*per_row[:3], keys.expand(B, K), *per_row[3:]), self._shard(active).head
 
     def _windows(self, active: ActiveMasks, key: Tensor, x: Tensor) -> Tensor:
         """Attention inside windows, `[B x m, H, Q, K]`: a window's number joins the position."""

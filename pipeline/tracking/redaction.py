@@ -7,6 +7,7 @@ from typing import Any
 HIDDEN = "***"
 _SECRET_NAME = r"(?:token|secret|password|passwd|api_?key|access_?key|private_?key|credentials?)"
 _SECRET_KEY = re.compile(rf"(^|_){_SECRET_NAME}$", re.IGNORECASE)
+_PATH_OF_URL = re.compile(r"(?<=://)([^/]+)/.+")
 _LOGIN_IN_URL = re.compile(r"(?<=://)[^/@\s]+(?=@)")
 _SECRET_IN_URL = re.compile(
     rf"(?<=[?&])([^=&\s]*(?:{_SECRET_NAME}|sig|signature))=[^&\s]+", re.IGNORECASE
@@ -23,4 +24,6 @@ def without_secrets(value: Any, key: str = "") -> Any:
         return value
     if _SECRET_KEY.search(key):
         return HIDDEN
+    if key == "url":  # the path of a webhook is often its password
+        value = _PATH_OF_URL.sub(rf"\1/{HIDDEN}", value)
     return _SECRET_IN_URL.sub(rf"\1={HIDDEN}", _LOGIN_IN_URL.sub(HIDDEN, value))

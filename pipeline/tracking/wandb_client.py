@@ -12,6 +12,10 @@ from typing import IO, Any, Protocol, cast
 _PROCESS_SCRIPT = Path(__file__).with_name("wandb_process.py")
 
 
+class RefusedError(Exception):
+    """The process answered that a request failed: it can still be asked to close its files."""
+
+
 class Client(Protocol):
     """Answers requests, in the worker thread. `kill` may come from another thread at any time."""
 
@@ -45,7 +49,7 @@ class WandbClient:
             raise ConnectionError("its process died")
         reply: dict[str, Any] = json.loads(line)
         if "error" in reply:
-            raise RuntimeError(reply["error"])
+            raise RefusedError(reply["error"])
         return reply
 
     def kill(self) -> None:

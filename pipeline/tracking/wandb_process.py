@@ -12,7 +12,7 @@ from typing import Any, TextIO
 
 _ALERT_LEVELS = {"info": "INFO", "warning": "WARN", "critical": "ERROR"}
 _ALERT_TITLE_LENGTH = 63
-_ABANDONED_SECONDS = 60
+_ABANDONED_SECONDS = 120
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ Calls go through a bounded queue to a worker thread, and from there to a process
 the tracker is dropped with one warning line, and the rest of the run is in JSON lines only.
 """
 
+import contextlib
 import logging
 import queue
 import secrets
@@ -20,7 +21,7 @@ from pipeline.exhibits import Curve, Exhibit, Notice, Picture
 from pipeline.metric_names import NAMESPACES, STEP, WINDOW
 from pipeline.records import RunFolder, write_text
 from pipeline.tracking.redaction import without_secrets
-from pipeline.tracking.wandb_client import Client, WandbClient
+from pipeline.tracking.wandb_client import Client, RefusedError, WandbClient
 from pipeline.tracking.wandb_file import num_confirmed_lines, num_history_records, num_history_rows
 
 logger = logging.getLogger(__name__)
@@ -83,6 +84,7 @@ class WandbTracker:
         self._busy_since: float | None = None
         self._opened: dict[str, Any] = {}
         self._failure: str | None = None
+        self._closing_seconds = 0.0
         self._failure_lock = threading.Lock()
         self._ended = threading.Event()
         self._killed = threading.Event()
@@ -133,8 +135,8 @@ class WandbTracker:
             return ""
         self._put({"do": "finish"})
         self._wait(self._ended.is_set, self._finish_timeout, "at the end")
-        if self._failure is not None:
-            self._killed.wait(1.0)  # a program that ends at once would leave its process behind
+        if self._failure is not None:  # a program that ends at once would leave a process behind
+            self._killed.wait(self._closing_seconds + 1.0)
         return self._sentence()
 
     def _run_arguments(self, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -203,6 +205,8 @@ class WandbTracker:
                 self._busy_since = time.monotonic()
                 self._handle(message)
                 self._last_answer, self._busy_since = time.monotonic(), None
+        except RefusedError as error:
+            self._drop(str(error), closing_seconds=self._finish_timeout)
         except BaseException as error:
             self._drop(str(error) or type(error).__name__)
 
@@ -218,12 +222,16 @@ class WandbTracker:
             self._client.kill()
             self._ended.set()
 
-    def _drop(self, reason: str) -> None:
-        """Give up for the rest of the run, with one warning line."""
+    def _drop(self, reason: str, closing_seconds: float = 0.0) -> None:
+        """Give up for the rest of the run, with one warning line.
+
+        A process that still answers gets some seconds to close the file with the rows so far.
+        """
         with self._failure_lock:
             if self._failure is not None or self._ended.is_set():
                 return
             self._failure = " ".join(reason.split()).rstrip(".")
+            self._closing_seconds = closing_seconds
         logger.warning(
             "Weights & Biases (%s) is dropped: %s. All goes on without it; the numbers are in %s.",
             self._mode,
@@ -234,6 +242,9 @@ class WandbTracker:
         threading.Thread(target=self._kill, daemon=True).start()
 
     def _kill(self) -> None:
+        if self._closing_seconds:
+            with contextlib.suppress(Exception):
+                self._client.request({"do": "finish"}, self._closing_seconds)
         self._client.kill()
         self._killed.set()
 

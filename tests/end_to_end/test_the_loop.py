@@ -1,4 +1,7 @@
-"""The loop: train, evaluate, quiet windows, drift, alert, replay; tests go on from each other."""
+"""The loop: train, evaluate, quiet windows, drift, alert, replay, retrain, gate, promote, rollback.
+
+Tests go on from each other.
+"""
 
 import contextlib
 import io
@@ -10,6 +13,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+from launch.retrain.load import load_plan
+from launch.retrain.tick import tick
 from pipeline import __main__ as command_line
 
 WORDS = {
@@ -181,3 +186,92 @@ def test_bad_input_ends_with_2_and_leaves_no_window(loop, capsys):
 def test_copies_of_windows_hold_what_a_replay_needs(loop):
     [kept] = (loop.run / "monitoring" / "windows").iterdir()
     assert {"text", "sample_id"} <= set(pq.read_schema(kept).names)
+
+
+# -- and retrain, gate, promote, bad windows, rollback --------------------------------------------
+
+POLICY = """
+name: small
+recipe: {folder}/small.yaml
+registry: {folder}/registry
+work_dir: {folder}/retrain
+triggers: {{drift: {{at_least: 2, of_windows: 3}}}}
+data: {{new: ["{folder}/labels-*.jsonl"]}}
+gate:
+  metrics: {{accuracy: {{margin: 0.1}}, nll: {{margin: 0.3}}, ood/strange/energy: {{margin: 0.3}}}}
+  slices: {{margin: 0.3}}
+  retention: {{rainy: {{files: ["{folder}/rainy.jsonl"], margin: 0.2}}}}
+watch: {{at_least: 2, of_windows: 3, severity: warning}}
+limits: {{cooldown: 0m}}
+"""
+
+
+class Registered(Loop):
+    """The same folder, with a policy; stages run in this process, which has imported all of it."""
+
+    def __init__(self, loop: Loop) -> None:
+        self.folder, self.run, self.config = loop.folder, loop.run, loop.config
+        self.policy = loop.folder / "policy.yaml"
+        self.policy.write_text(POLICY.format(folder=loop.folder))
+
+    def tick(self) -> int:
+        return tick(load_plan(self.policy), starter=lambda lock: self.stage)
+
+    def stage(self, words, log) -> int:
+        return self.masklock(*words)[0]
+
+    def registry(self, *words) -> str:
+        code, said = self.masklock("registry", *words, "--registry", self.folder / "registry")
+        assert code == 0
+        return said
+
+    def champion(self) -> dict:
+        return json.loads(self.registry("show", "champion", "--verify"))
+
+
+@pytest.fixture(scope="module")
+def registered(loop) -> Registered:
+    line = Registered(loop)
+    line.registry("promote", line.registry("register", loop.run).strip())
+    line.write("rainy", 40, 40)
+    return line
+
+
+def test_one_window_with_an_alert_retrains_nothing(registered):
+    assert registered.tick() == 0
+    assert registered.champion()["name"].startswith("v0001")
+    said = registered.masklock("retrain", registered.policy, "--explain")[1]
+    assert "drift       quiet: 1 of the last 3 windows raised an alert" in said
+
+
+def test_drift_retrains_on_new_labels_and_promotes_what_passes_the_gate(registered):
+    registered.write("labels-1", 120, 30, share=0.3)
+    window = registered.write("drift-2", 80, 21, share=0.6, labelled=False)
+    assert registered.masklock("monitor", registered.run, "--window", window)[0] == 3
+    assert registered.tick() == 0
+    champion = registered.champion()
+    assert champion["name"].startswith("v0002"), registered.masklock(
+        "retrain", registered.policy, "--explain"
+    )
+    assert {"profile/profile.json", "evaluation/samples.parquet"} <= champion["files"].keys()
+
+
+def test_the_gate_has_judged_both_on_the_same_rows_and_masks(registered):
+    [file] = (registered.folder / "retrain" / "small").glob("*/comparison.json")
+    judged = json.loads(file.read_text())
+    assert (judged["num_rows"], judged["num_unpaired"], judged["same_masks"]) == (300, 0, True)
+    names = {one["metric"] for one in judged["metrics"]}
+    assert {"accuracy", "nll", "ece", "ood/strange/energy", "retention/rainy/accuracy"} <= names
+    assert judged["missing"] == {}
+
+
+def test_bad_windows_after_the_promotion_roll_it_back(registered):
+    run = registered.champion()["origin"]["run"]
+    for seed in (50, 51):
+        window = registered.write(f"bad-{seed}", 80, seed, share=0.9, labelled=False)
+        registered.masklock("monitor", run, "--window", window)
+    assert registered.tick() == 0
+    assert registered.champion()["name"].startswith("v0001")
+    assert "rollback" in registered.registry("journal")
+    said = registered.masklock("retrain", registered.policy, "--explain")[1]
+    assert "rolled back" in said

@@ -7,7 +7,13 @@ import pyarrow as pa
 import pytest
 
 from monitoring.alerts import Alert
-from monitoring.dashboards.evaluation import doubtful, histogram, reliability, separation
+from monitoring.dashboards.evaluation import (
+    doubtful,
+    histogram,
+    reliability,
+    separation,
+    uncertainty,
+)
 from monitoring.dashboards.window import alert_table, window_curves, window_row
 from monitoring.dashboards.workspaces import REVIEWED, specifications, view_name
 from monitoring.profile import profile_of
@@ -77,8 +83,12 @@ def test_only_the_most_uncertain_rows_go_into_the_table():
 
 
 def test_a_run_without_classes_or_without_evaluation_shows_what_it_has(run_folder):
-    assert doubtful(load_run(run_folder(task="text-generation"))).keys() == {
-        "uncertainty/most_uncertain"
+    generation = load_run(run_folder(task="text-generation"))
+    assert doubtful(generation).keys() == {"uncertainty/most_uncertain"}
+    curves = uncertainty(generation)
+    assert {name: list(curve.lines) for name, curve in curves.items()} == {
+        "uncertainty/mutual_information_histogram": ["test"],
+        "uncertainty/perplexity_histogram": ["test"],
     }
     nothing = Run("run")
     assert [reliability(nothing), separation(nothing), doubtful(nothing)] == [{}, {}, {}]
@@ -91,17 +101,19 @@ def test_a_row_of_a_window_has_the_names_of_the_evaluation_too():
     }  # fmt: skip
 
 
-def scored(confidence) -> pa.Table:
-    number = len(confidence)
-    return pa.table({"sample_id": np.arange(number), "confidence": confidence})
+def scored(name: str, values) -> pa.Table:
+    return pa.table({"sample_id": np.arange(len(values)), name: values})
 
 
-def test_a_window_is_drawn_beside_the_reference_on_its_bins():
+@pytest.mark.parametrize("name", ["confidence", "perplexity"])
+def test_a_window_is_drawn_beside_the_reference_on_its_bins(name):
     random = np.random.default_rng(5)
     before, after = random.beta(5, 2, 400), random.beta(2, 2, 100)
-    profile = profile_of(scored(before), model_version="v")
-    window = Window(scored(after), (), "0" * 64, {})
-    curve = window_curves(profile, window)["drift/confidence_histogram"]
+    if name == "perplexity":
+        before, after = np.exp(9 * before), np.exp(9 * after)
+    profile = profile_of(scored(name, before), model_version="v")
+    window = Window(scored(name, after), (), "0" * 64, {})
+    curve = window_curves(profile, window)[f"drift/{name}_histogram"]
 
     assert set(curve.lines) == {"reference", "this window"}
     assert max(len(line) for line in curve.lines.values()) <= 50

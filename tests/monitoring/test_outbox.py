@@ -38,6 +38,7 @@ class Post:
             )
             for rule in rules
         ]
+        alerts = self.outbox.marked(alerts)
         record = WindowRecord(number, stamp(self.now), 1, "alert")
         self.history.add_window(record, {}, alerts, self.outbox.plan(alerts))
         self.outbox.deliver()
@@ -92,6 +93,7 @@ def test_the_same_rule_is_sent_once_in_so_many_hours(history):
     assert post.sent == [*first, *other, *again]
     assert post.states() == ["sent", "repeat", "sent", "sent"]
     assert len(history.alerts()) == 4, "all are recorded"
+    assert history.num_repeats() == {first[0]: 1}
 
 
 def test_alerts_over_the_limit_of_a_day_are_held_and_sent_when_there_is_room(history):

@@ -159,9 +159,10 @@ def test_impossible_bounds_are_refused(bounds):
         detector(mean_lower=bounds[0], mean_upper=bounds[1])
 
 
-def test_a_state_of_another_schema_is_refused():
+@pytest.mark.parametrize("change", [{"schema": "other"}, {"unknown": 1}])
+def test_a_state_of_another_schema_is_refused(change):
     with pytest.raises(DataError, match="Start the detector anew"):
-        EDetector.from_json({**detector().to_json(), "schema": "other"})
+        EDetector.from_json(detector().to_json() | change)
 
 
 def test_a_mean_that_no_row_can_exceed_raises_no_alarm():

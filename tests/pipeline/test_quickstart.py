@@ -27,7 +27,8 @@ def test_it_trains_evaluates_keeps_a_profile_and_reports(monkeypatch, tmp_path):
         report=lambda run: run.path / "report.html",
         say=calls.append,
     )
-    assert calls == ["train", "evaluate", "scored rows"]
+    assert calls[:3] == ["train", "evaluate", "scored rows"]
+    assert calls[3].startswith("The reference is runs/quickstart/profile: masklock monitor runs/")
     assert found.as_posix() == "runs/quickstart/report.html"
 
 

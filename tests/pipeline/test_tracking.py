@@ -1,5 +1,6 @@
 """JSON lines keep every row; Weights & Biases may fail in any way."""
 
+import json
 import logging
 import os
 import signal
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -14,14 +16,16 @@ from pipeline.config.schema import RunConfig, WandbConfig
 from pipeline.records import RunFolder, read_jsonl
 from pipeline.tracking import (
     JsonLinesTracker,
+    Notice,
     NullTracker,
     Picture,
     TrackerGroup,
     WandbTracker,
     open_tracker,
+    wandb_sink,
 )
 from pipeline.tracking.redaction import without_secrets
-from pipeline.tracking.wandb_file import num_history_rows
+from pipeline.tracking.wandb_file import num_confirmed_lines, num_history_rows
 
 PNG = bytes.fromhex(
     "89504e470d0a1a0a0000000d4948445200000001000000010802000000907753de0000000c49444154"
@@ -198,6 +202,20 @@ def test_any_failure_of_wandb_is_one_warning(folder, tmp_path, monkeypatch, capl
     assert len(read_jsonl(folder.metrics)) == 4
 
 
+def test_a_refused_request_costs_none_of_the_rows_before_it(folder, caplog):
+    tracker = WandbTracker(WandbConfig(), folder)
+    tracker.start({}, "run")
+    log_rows(tracker, 3)
+    tracker.artifact("report", folder.path / "nowhere.html")
+    wait_for(lambda: tracker._ended.is_set())
+    log_rows(tracker, 1)
+
+    sentence = tracker.finish()
+    assert "3 of 4 rows arrived" in sentence
+    assert "dropped: ValueError: Path is not a file" in sentence
+    assert len(caplog.records) == 1
+
+
 @pytest.mark.parametrize("num_answers", [0, 1, 3])
 def test_a_client_that_hangs_costs_the_training_nothing(folder, caplog, num_answers):
     client = HangingClient(num_answers)
@@ -211,6 +229,47 @@ def test_a_client_that_hangs_costs_the_training_nothing(folder, caplog, num_answ
     assert time.monotonic() - started < 10
     assert f"{max(num_answers - 1, 0)} of 1000 rows arrived; dropped: no answer" in sentence
     assert len(caplog.records) == 1
+
+
+def test_an_alert_that_is_not_taken_is_an_error_with_the_reason(folder):
+    tracker = WandbTracker(WandbConfig(), folder, client=HangingClient(2), timeout_seconds=0.2)
+    tracker.start({}, "run")
+    send = wandb_sink(tracker)
+    alert = {"id": "a1", "run": "run", "title": "drift", "severity": "info", "evidence": {}}
+    send(alert)
+    with pytest.raises(ConnectionError, match="dropped: no answer within 0.2 s"):
+        send(alert)
+
+
+def test_a_sink_says_the_evidence_and_what_to_do(folder):
+    told = []
+    tracker = SimpleNamespace(alert=told.append)
+    evidence = {"value": 0.123456, "drifted": {"confidence": {"test": "ks", "effect": 0.75}}}
+    wandb_sink(tracker)(
+        {"id": "a1", "run": "intents", "title": "Confidence fell", "severity": "critical",
+         "evidence": evidence, "runbook": "Read the rows."}
+    )  # fmt: skip
+    assert told == [
+        Notice(
+            "Confidence fell",
+            "value 0.1235, drifted (confidence (test ks, effect 0.75))\nRead the rows.\n"
+            "Alert a1 of intents.",
+            "critical",
+        )
+    ]
+
+
+def test_lines_count_as_arrived_once_the_server_has_confirmed_them(tmp_path):
+    sent, confirmed = "filestream: sending request", "filestream: request sent"
+    messages = [
+        {"msg": sent, "events_lines": 1}, {"msg": confirmed, "status": "200 OK"},
+        {"msg": sent, "history_lines": 3}, {"msg": confirmed, "status": "200 OK"},
+        {"msg": sent, "history_lines": 2}, {"msg": confirmed, "status": "500"},
+        {"msg": sent, "history_lines": 2}, {"msg": "api: retrying error"},
+    ]  # fmt: skip
+    log = tmp_path / "debug-internal.log"
+    log.write_text("\n".join(map(json.dumps, messages)))
+    assert num_confirmed_lines(log) == 3
 
 
 def test_a_full_queue_drops_the_tracker(folder, caplog):
@@ -247,6 +306,7 @@ def test_secrets_are_hidden_and_nothing_else():
         "hub_token": "hf_abc",
         "data": {"path": "https://me:pw@host/x.csv?token=abc&rows=3", "text_column_name": "text"},
         "nested": [{"api_key": "abc"}],
+        "webhooks": {"chat": {"url": "https://hooks.example/services/T0/B0/xyz"}},
         "max_new_tokens": 3,
         "tokenizer": "bert",
     }
@@ -254,6 +314,7 @@ def test_secrets_are_hidden_and_nothing_else():
         "hub_token": "***",
         "data": {"path": "https://***@host/x.csv?token=***&rows=3", "text_column_name": "text"},
         "nested": [{"api_key": "***"}],
+        "webhooks": {"chat": {"url": "https://hooks.example/***"}},
         "max_new_tokens": 3,
         "tokenizer": "bert",
     }

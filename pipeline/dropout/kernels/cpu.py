@@ -99,11 +99,11 @@ def _error(status: int) -> DropoutError:
 
 
 def wish() -> str:
-    """The kernel that the environment asks for: `numpy` on all devices, `cpp`, or nothing."""
+    """What the environment asks for: `numpy` on all devices, `cpp`, `flash` on GPUs, or nothing."""
     wished = os.environ.get("MASKLOCK_KERNEL", "")
-    if wished not in ("", "cpp", "numpy"):
+    if wished not in ("", "cpp", "flash", "numpy"):
         raise DropoutError(
-            f"MASKLOCK_KERNEL is {wished!r}. Set it to cpp or numpy, or leave it out."
+            f"MASKLOCK_KERNEL is {wished!r}. Set it to cpp, numpy or flash, or leave it out."
         )
     return wished
 

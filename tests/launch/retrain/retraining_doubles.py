@@ -84,14 +84,17 @@ class World:
     def next_model_is(self, accuracy: float) -> None:
         write_text(self.folder / "accuracy", str(accuracy))
 
-    def add_window(self, run: Path, severity: str | None = None, **measures: float) -> None:
-        """A window of production that monitoring has judged."""
+    def add_window(
+        self, run: Path, severity: str | None = None, again: int | None = None, **measures: float
+    ) -> None:
+        """A window of production that monitoring has judged; `again`: labels of an earlier one."""
         with History(run / "monitoring" / "history.sqlite") as history:
             number = len(history.windows()) + 1
-            sha256 = hashlib.sha256(f"{run} {number}".encode()).hexdigest()
+            sha256 = hashlib.sha256(f"{run} {again or number}".encode()).hexdigest()
             stamp = self.time.isoformat()
             outcome = "quiet" if severity is None else "alert"
-            record = WindowRecord(sha256, stamp, 100, outcome, measures=dict(measures))
+            labelled = again is not None
+            record = WindowRecord(sha256, stamp, 100, outcome, labelled, measures=dict(measures))
             alert = Alert(f"{number:016d}", "tiny", None, stamp, severity, "rule", "It moved.")
             history.add_window(record, alerts=[] if severity is None else [alert])
 

@@ -1,12 +1,14 @@
 """The state machine of retraining, from trigger to promotion, rejection, rollback and failure."""
 
 import json
+from pathlib import Path
 
 import pytest
 
+from launch.retrain.evidence import read_windows
 from launch.retrain.store import Store
 from launch.retrain.tick import interfere, reasons, tick
-from pipeline.errors import BusyError, RegistryError
+from pipeline.errors import BusyError, ConfigError, RegistryError
 
 
 def run(world, **options) -> int:
@@ -154,15 +156,34 @@ def test_new_labels_are_trained_on_with_old_rows(world):
 
 
 def test_a_kpi_below_its_bound_triggers(world):
-    world.policy["triggers"] = {
-        "kpi": {"metric": "eval/accuracy", "below": 0.9, "at_least": 2, "of_windows": 2}
-    }
-    world.add_window(world.champion_run(), **{"eval/accuracy": 0.8})
+    kpi = {"metric": "drift/clicks/mean", "below": 0.9, "at_least": 2, "of_windows": 2}
+    world.policy["triggers"] = {"kpi": kpi}
+    world.add_window(world.champion_run(), **{"drift/clicks/mean": 0.8})
     run(world)
     assert past(world) == []
-    world.add_window(world.champion_run(), **{"eval/accuracy": 0.85})
+    world.add_window(world.champion_run(), **{"drift/clicks/mean": 0.85})
     run(world)
     assert past(world)[0].evidence["kpi"]["values"] == {"1": 0.8, "2": 0.85}
+
+
+def test_a_kpi_that_no_window_has_is_an_error_with_the_nearest_one(world):
+    kpi = {"metric": "drift/click/mean", "below": 0.9, "at_least": 1, "of_windows": 2}
+    world.policy["triggers"] = {"kpi": kpi}
+    world.add_window(world.champion_run(), **{"drift/clicks/mean": 0.8})
+    assert run(world) == 0
+    world.add_window(world.champion_run(), **{"drift/clicks/mean": 0.8})
+    with pytest.raises(ConfigError, match="did you mean drift/clicks/mean?"):
+        run(world)
+
+
+def test_labels_that_come_later_are_one_window_with_the_first(world):
+    run_folder = world.champion_run()
+    world.add_window(run_folder, "warning")
+    world.add_window(run_folder, "critical", again=1, **{"drift/performance/accuracy": 0.5})
+    (one,) = read_windows(run_folder / "monitoring" / "history.sqlite")
+    assert (one.id, one.severity, len(one.alerts)) == (2, "critical", 2)
+    assert one.measures == {"drift/performance/accuracy": 0.5}
+    assert read_windows(run_folder / "monitoring" / "history.sqlite", after=2) == []
 
 
 def test_manual_starts_at_once(world):
@@ -226,13 +247,20 @@ def test_a_champion_moved_meanwhile_is_not_overwritten(world):
     assert world.registry.aliases().champion == moved
 
 
-def test_starting_from_the_champion_exports_its_weights(world):
+@pytest.mark.parametrize("peft", [None, {"peft_type": "LORA"}])
+def test_starting_from_the_champion_takes_weights_that_stay(world, peft):
+    world.recipe["model"] = {"task": "text-classification", "model_name_or_path": "hub/name"}
+    world.recipe["peft"] = peft
     world.policy["start_from"] = "champion"
+    champion = world.registry.get(world.make_champion(0.7)).folder
     drift(world)
     run(world)
-    config = (world.plan().folder / f"0001-{past(world)[0].key[:8]}" / "config.yaml").read_text()
-    assert json.loads(config)["model"]["model_name_or_path"].endswith("start")
-    assert past(world)[0].state == "promoted"
+    (one,) = past(world)
+    config = world.plan().folder / f"0001-{one.key[:8]}" / "config.yaml"
+    start = json.loads(config.read_text())["model"]["model_name_or_path"]
+    kept = champion / "model" if peft is None else champion.parents[1] / "whole" / champion.name
+    assert (one.state, Path(start)) == ("promoted", kept)
+    assert (kept / "weights").is_file()
 
 
 def test_a_clock_going_backwards_starts_nothing(world):

@@ -163,3 +163,9 @@ def test_names_of_either_side_are_counted():
     assert (counts.tolist(), window.tolist()) == ([3, 1, 0], [0, 2, 1])
     counts, window = category_counts({"a": 3, OTHER: 1}, ["b", "c", "a"])
     assert (counts.tolist(), window.tolist()) == ([1, 3], [2, 1])
+
+
+def test_equal_shares_of_more_rows_are_at_no_distance():
+    counts = np.random.default_rng(8).integers(1, 50, size=(100, 7))
+    distances = [TESTS["jensen_shannon"].run(one, 3 * one).effect for one in counts]
+    assert distances == pytest.approx([0.0] * 100, abs=1e-7)

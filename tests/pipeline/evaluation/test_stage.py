@@ -20,7 +20,7 @@ from pipeline.data import load_raw, prepare_data
 from pipeline.errors import ConfigError, DataError, RunFolderError
 from pipeline.evaluation import stage
 from pipeline.evaluation.stage import evaluate
-from pipeline.exhibits import Picture
+from pipeline.exhibits import Picture, Table
 from pipeline.modality.tokenizer import load_tokenizer
 from pipeline.model import load_trained, plan_for
 from pipeline.records import RunFolder, read_jsonl
@@ -189,6 +189,18 @@ def test_numbers_exhibits_and_files_reach_one_tracker_session(classifier, monkey
     assert numbers["eval/mc_accuracy"] == classifier.report["quality"]["mc"]["accuracy"]
     assert {key.split("/")[0] for key in numbers} == {"eval", "calibration", "uncertainty", "ood"}
     assert said[-1] == "finished."
+
+
+def test_rows_stay_here_where_they_are_not_to_be_shared(classifier, monkeypatch, tmp_path):
+    recorder = Recorder()
+    monkeypatch.setattr(stage, "open_tracker", lambda config, folder, is_main: recorder)
+    wandb = classifier.config.wandb.model_copy(update={"share_rows": False})
+    config = classifier.config.model_copy(update={"wandb": wandb})
+    shown = {"picture": Picture(tmp_path / "a.png"), "rows": Table(["text"], [["the cow"]])}
+
+    stage._track(classifier.run, config, classifier.report, shown)
+    assert [name for name, *_ in recorder.calls] == ["start", "log", "show", "summary", "finish"]
+    assert recorder.calls[2][1] == "picture"
 
 
 def test_the_headline_numbers_are_a_row_of_the_metrics(evaluated):

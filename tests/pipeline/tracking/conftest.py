@@ -1,10 +1,13 @@
 """The real wandb client against a server on this machine, and runs that train in a second."""
 
+import contextlib
 import json
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 from typer.testing import CliRunner
@@ -28,25 +31,49 @@ def api_key() -> str:
 
 
 @pytest.fixture
-def server(monkeypatch) -> Iterator[WandbServer]:
+def server(monkeypatch, tmp_path) -> Iterator[WandbServer]:
     """A server, to which everything in this test is online."""
     server = WandbServer()
-    _set_environment(monkeypatch, server)
+    _set_environment(monkeypatch, server, tmp_path)
     yield server
     server.die()
+    assert _files_with_the_key(tmp_path) == []
 
 
 @pytest.fixture(scope="module")
-def module_server() -> Iterator[WandbServer]:
+def module_server(tmp_path_factory) -> Iterator[WandbServer]:
     """The same for all tests of a module."""
-    server = WandbServer()
+    server, home = WandbServer(), tmp_path_factory.mktemp("home")
     with pytest.MonkeyPatch.context() as patch:
-        _set_environment(patch, server)
+        _set_environment(patch, server, home)
         yield server
     server.die()
+    assert _files_with_the_key(home) == []
 
 
-def _set_environment(patch: pytest.MonkeyPatch, server: WandbServer) -> None:
+@pytest.fixture(autouse=True)
+def _no_process_is_left_behind() -> Iterator[None]:
+    yield
+    end = time.monotonic() + 5
+    while any("wandb" in " ".join(_words(child)) for child in psutil.Process().children(True)):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def _words(process: psutil.Process) -> list[str]:
+    with contextlib.suppress(psutil.Error):  # it has ended meanwhile
+        return process.cmdline()
+    return []
+
+
+def _files_with_the_key(folder: Path) -> list[Path]:
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return [path for path in files if KEY.encode() in path.read_bytes()]
+
+
+def _set_environment(patch: pytest.MonkeyPatch, server: WandbServer, home: Path) -> None:
+    patch.setenv("WANDB_CONFIG_DIR", str(home / "config"))
+    patch.setenv("WANDB_CACHE_DIR", str(home / "cache"))
     patch.setenv("WANDB_MODE", "online")
     patch.setenv("WANDB_BASE_URL", server.url)
     patch.setenv("WANDB_API_KEY", KEY)

@@ -1,7 +1,6 @@
 """What was written offline arrives whole by `wandb sync`; views are saved over themselves."""
 
 import os
-import re
 import subprocess
 import sys
 import time
@@ -37,8 +36,8 @@ def test_two_offline_sessions_become_one_run(server, tmp_path):
     time.sleep(1.1)  # wandb names folders by the second
     said.append(track(folder, 3))
     write_text(folder.report_html, "a later page")  # what was kept is what was there then
-    segments = [re.search(r"`wandb sync (.+?)`", sentence)[1] for sentence in said]
-    command = [Path(sys.executable).with_name("wandb"), "sync", *segments]
+    assert all("3 of 3 rows arrived; send them with `wandb sync" in sentence for sentence in said)
+    command = [Path(sys.executable).with_name("wandb"), "sync", folder.wandb]
     subprocess.run(command, cwd=tmp_path, env=os.environ, check=True, capture_output=True)
 
     (run,) = server.runs.values()
@@ -75,3 +74,14 @@ def test_a_view_that_cannot_be_saved_is_one_clear_error(
     monkeypatch.setenv("WANDB_API_KEY", "")
     with pytest.raises(AssertionError, match="It needs the network, a key"):
         masklock("dashboard", config, "--save")
+
+
+def test_dashboards_without_their_extra_say_what_to_install(
+    tmp_path, make_config, masklock, monkeypatch
+):
+    config = make_config(tmp_path)
+    (tmp_path / "runs" / "run").mkdir(parents=True)
+    monkeypatch.delitem(sys.modules, "monitoring.dashboards.workspaces", raising=False)
+    monkeypatch.setitem(sys.modules, "wandb_workspaces.reports.v2", None)
+    with pytest.raises(AssertionError, match=r"Install it: pip install 'masklock\[dashboards\]'"):
+        masklock("dashboard", config)
