@@ -16,6 +16,7 @@ from pipeline.errors import DataError
 from pipeline.modality import MODALITIES, Modality
 from pipeline.modality.bundle import LabelNames
 from pipeline.modality.domains import domain_problems, with_domains
+from pipeline.modality.quarantine import Quarantine, SetAside
 from pipeline.sources import default_split, load_splits, num_shared, ranges_of, select
 
 if TYPE_CHECKING:
@@ -53,6 +54,8 @@ class PreparedData:
     fingerprint: str
     """sha256 over ids, inputs and labels of all splits: equal wherever the same rows are seen."""
     notes: tuple[str, ...] = ()
+    set_aside: tuple[SetAside, ...] = ()
+    """Broken samples, which no split holds."""
 
 
 def load_raw(config: RunConfig) -> RawData:
@@ -93,19 +96,34 @@ def prepare_data(config: RunConfig, raw: RawData, processor: Any) -> PreparedDat
         return with_domains(found, rows, config)
 
     names, limit = raw.label_names, data.max_eval_samples
-    notes = (*raw.notes, *modality.notes(processor))
+    quarantine = Quarantine(data.quarantine_budget)
     parts = {
         "train": prepare(raw.train, data, names, data.max_train_samples),
         "validation": prepare(raw.validation, data, names, limit),
         "test": prepare(raw.test, data, names, limit),
     }
     ood = {name: prepare(rows, data.ood[name], None, limit) for name, rows in raw.ood.items()}
+    parts = {name: _usable(quarantine, name, part, modality) for name, part in parts.items()}
+    ood = {n: _usable(quarantine, f"ood.{n}", part, modality) for n, part in ood.items()}
     every = parts | {f"ood.{name}": part for name, part in ood.items()}
     empty = [f"{name}: there is not one sample" for name, part in every.items() if not len(part)]
     _raise_if_any(empty + _too_few(len(parts["train"]), config.train.global_batch_size))
     return PreparedData(
-        **parts, ood=ood, label_names=names, fingerprint=fingerprint_of(every), notes=notes
+        **parts,
+        ood=ood,
+        label_names=names,
+        fingerprint=fingerprint_of(every),
+        notes=(*raw.notes, *modality.notes(processor), *quarantine.notes()),
+        set_aside=tuple(quarantine.set_aside),
     )
+
+
+def _usable(quarantine: Quarantine, name: str, rows: "Dataset", modality: Modality) -> "Dataset":
+    """Rows that the modality can use, all of them looked at once."""
+    if modality.judge is None:
+        return rows
+    places = quarantine.usable(name, rows, modality.judge)
+    return rows if len(places) == len(rows) else rows.select(places)
 
 
 def fingerprint_of(parts: Mapping[str, "Dataset"]) -> str:

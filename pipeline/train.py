@@ -31,7 +31,7 @@ from pipeline.modality.bundle import MODALITIES
 from pipeline.modality.image_mixing import is_mixing
 from pipeline.model import build_model, plan_for
 from pipeline.packing import packed, require_isolation
-from pipeline.records import RunFolder, write_json, write_text
+from pipeline.records import RunFolder, write_json, write_jsonl, write_text
 from pipeline.sharding import running_layout, use_one_device
 from pipeline.tracking import Tracker, open_tracker
 from pipeline.trainer import LockedTrainer
@@ -268,6 +268,8 @@ def write_description(parts: Parts) -> None:
         write_json(parts.run.plan, parts.plan.to_json())
         if parts.data.label_names is not None:
             write_json(parts.run.labels, list(parts.data.label_names))
+        if parts.data.set_aside:
+            write_jsonl(parts.run.quarantine, [one.to_json() for one in parts.data.set_aside])
     parallel.barrier()
 
 

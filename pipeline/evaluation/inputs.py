@@ -14,6 +14,7 @@ from pipeline.errors import DataError
 from pipeline.modality.bundle import MODALITIES, LabelNames
 from pipeline.modality.domains import with_domains
 from pipeline.modality.labels import label_values, row_list
+from pipeline.modality.quarantine import Quarantine
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -72,7 +73,7 @@ def prepare_inputs(
     A label column, if there is one, becomes `labels` (-1 where a row has none).
 
     Raises:
-        DataError: there is nothing that the model could predict.
+        DataError: there is nothing that the model could predict, or a sample is broken.
     """
     modality, source = MODALITIES[config.model.task], config.data
     prepared = modality.prepare(rows, source, config, processor, None)
@@ -84,6 +85,8 @@ def prepare_inputs(
         prepared = prepared.add_column("labels", labels)
     if SAMPLE_ID in rows.column_names:
         prepared = prepared.remove_columns(SAMPLE_ID).add_column(SAMPLE_ID, rows[SAMPLE_ID][:])
+    if modality.judge is not None:
+        Quarantine(0.0).usable("inputs", prepared, modality.judge)
     if not len(prepared):
         raise DataError("The inputs make not one sample: the model predicts nothing of them.")
     return prepared

@@ -65,6 +65,8 @@ class Modality:
     """Inputs of a forward pass to trace: batch size, length (or side), device."""
     lengths: Callable[["Dataset"], list[int]]
     """How long each prepared sample is: those of like length share batches."""
+    judge: Callable[[Mapping[str, Any]], Any] | None
+    """Refuses a prepared sample that cannot be used, by `BadSample`; None where none is broken."""
     described: Callable[["Dataset", Any], dict[str, "pa.Array"]]
     """From prepared samples and the processor: what scored rows say of their input, `text` among
     it, and what it takes to make it again (`image`, `input_ids`)."""

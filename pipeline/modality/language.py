@@ -285,7 +285,7 @@ def tokenizer_of_rows(config: RunConfig, rows: "Dataset | None" = None) -> Any:
     return load_tokenizer(config, [] if rows is None else rows[config.data.text_column_name])
 
 
-def _unknown_token(tokenizer: Any) -> int | None:
+def unknown_token(tokenizer: Any) -> int | None:
     """The token that stands for what the vocabulary lacks.
 
     Byte-level tokenizers lack nothing; some of them call their end token so.
@@ -309,7 +309,7 @@ def described_text(rows: "Dataset", tokenizer: Any) -> "dict[str, pa.Array]":
     return {
         "text": pa.array(rows["text"][:], pa.string()),
         "num_tokens": pa.array([len(row) for row in tokens], pa.int64()),
-        "unknown_token_share": pa.array(_unknown_shares(tokens, _unknown_token(tokenizer))),
+        "unknown_token_share": pa.array(_unknown_shares(tokens, unknown_token(tokenizer))),
     }
 
 
@@ -338,6 +338,7 @@ TEXT_CLASSIFICATION = register(
         fit=fit_to_tokenizer,
         example=token_example,
         lengths=token_lengths,
+        judge=None,
         described=described_text,
         label_names=lambda rows, source: label_names_of(rows, source.label_column_name),
         problems=classification_problems,
@@ -362,6 +363,7 @@ TEXT_GENERATION = register(
         fit=fit_to_tokenizer,
         example=token_example,
         lengths=token_lengths,
+        judge=None,
         described=described_blocks,
         label_names=lambda rows, source: None,
         problems=generation_problems,

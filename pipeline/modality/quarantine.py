@@ -4,7 +4,7 @@ Judged once, before the training's order is made, from the data alone: every pro
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,22 +42,27 @@ class Quarantine:
     set_aside: list[SetAside] = field(default_factory=list)
 
     def usable(
-        self, split: str, samples: Iterable[tuple[int, Any]], judge: Callable[[Any], Any]
+        self, split: str, samples: Iterable[Mapping[str, Any]], judge: Callable[[Any], Any]
     ) -> list[int]:
-        """Ids of the samples that `judge` does not refuse by `BadSample`.
+        """Places of the samples that `judge` does not refuse by `BadSample`.
+
+        Args:
+            split: whose they are.
+            samples: prepared, with their `sample_id`.
+            judge: the modality's.
 
         Raises:
             DataError: more than the budget are refused, with the reasons and examples.
         """
         good: list[int] = []
         refused: list[SetAside] = []
-        for sample_id, sample in samples:
+        for place, sample in enumerate(samples):
             try:
                 judge(sample)
             except BadSample as error:
-                refused.append(SetAside(split, sample_id, str(error)))
+                refused.append(SetAside(split, sample["sample_id"], str(error)))
             else:
-                good.append(sample_id)
+                good.append(place)
         if len(refused) > self.budget * (len(good) + len(refused)):
             raise DataError(self._too_many(split, refused, len(good) + len(refused)))
         self.set_aside += refused

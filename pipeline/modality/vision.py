@@ -97,8 +97,10 @@ def image_problems(rows: "Dataset", source: DataSource, label_names: LabelNames)
 
     column = source.image_column_name
     feature = rows.features[column]
-    is_file = isinstance(feature, Image) or (
-        isinstance(feature, Value) and feature.dtype in ("binary", "large_binary", "string")
+    is_file = (
+        isinstance(feature, Image)
+        or (isinstance(feature, Value) and feature.dtype in ("binary", "large_binary", "string"))
+        or (isinstance(feature, dict) and "bytes" in feature)
     )
     if not is_file:
         yield f"column {column!r} holds {feature}, not images; name another column"
@@ -152,6 +154,7 @@ IMAGE_CLASSIFICATION = register(
         collator=collator,
         example=_example,
         lengths=lambda rows: [1] * len(rows),
+        judge=lambda row: decode_image(row[IMAGE]),
         described=described_images,
         loss=losses.classification_loss,
         eval_sums=losses.classification_sums,
