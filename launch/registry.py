@@ -325,6 +325,7 @@ class Registry:
         write_json(unfinished / MANIFEST, manifest)
         os.replace(unfinished, version.folder)
         flush(self.versions_folder)
+        _close(version.folder)
         self._reach("register: version named")
         return version
 
@@ -339,6 +340,12 @@ class Registry:
         if aliases.champion is None:
             return "Name one: masklock registry register RUN, then masklock registry promote."
         return f"The champion is {aliases.champion}."
+
+
+def _close(folder: Path) -> None:
+    """Nothing is added to or replaced in a version any more, by whoever is not root."""
+    for inner in (folder, *(path for path in folder.rglob("*") if path.is_dir())):
+        inner.chmod(inner.stat().st_mode & ~0o222)
 
 
 def _read_version(folder: Path) -> Version:

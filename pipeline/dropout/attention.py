@@ -62,7 +62,7 @@ def attention_forward(
         eager = owner.masklock_eager
     else:
         eager = eager_function(cast(Any, type(owner)))
-    if isinstance(rate, SiteRate) and flash.ready(query.device):
+    if isinstance(rate, SiteRate) and _may_be_fused(owner, query):
         fused = _fused(owner, rate, query, key, value, attention_mask, options)
         if fused is not None:
             return fused, None
@@ -82,7 +82,7 @@ def _fused(
 ) -> Tensor | None:
     """The same by the fused kernel, `[B, Q, H, D]`; None where it cannot give what eager gives."""
     asked = {name for name, given in options.items() if given is not None and given is not False}
-    if asked - _IGNORED or not flash.serves(query, value, mask) or not _is_plain(module, query):
+    if asked - _IGNORED or not flash.serves(query, value, mask):
         return None
     found = rate.coordinates and rate.coordinates(rate.site, rate.rate, query, key.shape[2])
     if found is None:
@@ -93,17 +93,20 @@ def _fused(
     return result.transpose(1, 2).contiguous()
 
 
-def _is_plain(module: Any, like: Tensor) -> bool:
-    """Whether a module's eager function is softmax(q k^T * scaling + mask) v; tried once."""
+def _may_be_fused(module: Any, query: Tensor) -> bool:
+    """Whether there is a kernel and the module's eager function is the kernel's; tried once."""
+    if torch.compiler.is_compiling():  # what was found before, in eager calls
+        return getattr(module, "masklock_plain", False)
+    if not flash.ready(query.device):
+        return False
     if "masklock_plain" not in vars(module):
-        if torch.compiler.is_compiling():
-            return False
-        module.__dict__["masklock_plain"] = _try_plain(module, like)
+        module.__dict__["masklock_plain"] = _is_plain(module, query)
     return bool(module.masklock_plain)
 
 
 @torch.no_grad()
-def _try_plain(module: Any, like: Tensor) -> bool:
+def _is_plain(module: Any, like: Tensor) -> bool:
+    """Whether a module's eager function is softmax(q k^T * scaling + mask) v."""
     repeats = getattr(module, "num_key_value_groups", 1)
     heads, width = like.shape[1], like.shape[-1]
     shapes = ((heads, 3, width), (heads // repeats, 5, width), (heads // repeats, 5, width))

@@ -61,6 +61,12 @@ def test_a_version_holds_what_later_stages_need_and_is_a_run_folder(registry, tm
     assert version.origin == {"run": str(tmp_path / "run-a"), "by": "me"}
 
 
+def test_folders_of_a_version_are_closed(registry, tmp_path):
+    folder = registry.register(a_run(tmp_path, "a")).folder
+    for inner in (folder, folder / "model", folder / "evaluation"):
+        assert inner.stat().st_mode & 0o222 == 0
+
+
 def test_the_same_model_is_registered_once(registry, tmp_path):
     first = registry.register(a_run(tmp_path, "a"))
     write_json(RunFolder(tmp_path / "run-a").report_json, {"accuracy": 0.91})
@@ -109,7 +115,10 @@ def test_the_journal_tells_every_change(registry, three):
     ],
 )
 def test_a_version_that_was_changed_is_not_promoted(registry, three, damage, said):
-    damage(registry.get(three[0]).folder)
+    folder = registry.get(three[0]).folder
+    for inner in (folder, folder / "model"):
+        inner.chmod(0o755)
+    damage(folder)
     with pytest.raises(RegistryError, match=said):
         registry.promote(three[0])
     assert champions(registry) == (three[2], three[1])

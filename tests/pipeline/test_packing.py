@@ -24,6 +24,7 @@ LLAMA |= {"intermediate_size": 24, "max_position_embeddings": 32, "initializer_r
 GPT2 = {"n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": 60, "n_positions": 32}
 INSERTED = {"insert": {"embedding": 0.2, "hidden": 0.3}}
 OWN = {"embedding": 0.2, "hidden": 0.1, "attention": 0.3}
+ATTENDING = INSERTED | {"attention": 0.3}
 LENGTHS = (5, 9, 2, 7, 16, 3, 4)
 
 
@@ -84,7 +85,9 @@ def test_every_document_is_packed_once_and_whole():
     [
         ("llama", LLAMA, INSERTED, "sdpa"),
         ("llama", LLAMA, INSERTED, "eager"),
+        ("llama", LLAMA, ATTENDING, "keyed"),
         ("gpt2", GPT2, OWN, "eager"),
+        ("gpt2", GPT2, OWN, "keyed"),
     ],
     ids=lambda made: f"{made[0]}-{made[-1]}",
 )
