@@ -101,7 +101,9 @@ class Place:
         """The challenger's configuration."""
         if not self.config.is_file():
             start = self._start(champion) if self.plan.policy.start_from == "champion" else None
-            config = challenger_config(self.plan.recipe, self.name, self.data, start)
+            config = challenger_config(
+                self.plan.recipe, self.name, self.data, champion.run.model, start
+            )
             write_text(self.config, dump_config(config))
 
     def _start(self, champion: Version) -> Path:
