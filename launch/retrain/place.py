@@ -66,8 +66,9 @@ class Place:
 
     @property
     def challenger(self) -> RunFolder:
-        """The challenger's run, a run like any other."""
-        return RunFolder(Path(self.plan.recipe.output_dir) / self.name)
+        """The challenger's run, a run like any other; where it was begun it ends."""
+        here = Path(self.plan.recipe.output_dir) / self.name
+        return RunFolder(Path(self.one.facts.get("run", here)))
 
     @property
     def name(self) -> str:

@@ -275,7 +275,7 @@ def test_the_two_are_compared_by_hand_as_the_gate_did(registered):
 
 
 def test_bad_windows_after_the_promotion_roll_it_back(registered):
-    run = registered.champion()["origin"]["run"]
+    run = registered.registry("show", "--run").strip()
     for seed in (50, 51):
         window = registered.write(f"bad-{seed}", 80, seed, share=0.9, labelled=False)
         registered.masklock("monitor", run, "--window", window)

@@ -166,6 +166,16 @@ def test_a_stopped_stage_goes_on_at_the_next_tick(world):
     assert past(world)[0].state == "promoted"
 
 
+def test_a_recipe_that_changes_meanwhile_does_not_reach_what_was_begun(world):
+    drift(world)
+    world.codes = [0, 75]
+    run(world)
+    world.recipe |= {"output_dir": str(world.folder / "elsewhere"), "name": "other"}
+    assert run(world) == 0
+    (one,) = past(world)
+    assert (one.state, Path(one.facts["run"]).parent) == ("promoted", world.folder / "runs")
+
+
 def test_new_labels_are_trained_on_with_old_rows(world):
     world.policy["triggers"] = {"labels": {"rows": 3}}
     world.policy["data"] = {"new": [str(world.folder / "labels" / "*.jsonl")], "replay_share": 0.5}
