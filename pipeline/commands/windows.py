@@ -117,7 +117,6 @@ class Judge:
         from monitoring.profile import read_profile
 
         write_monitor_page(self.folder)
-
         assert outcome.record.id is not None
         row = window_row(outcome.record.measures, len(outcome.alerts))
         self.tracker.log(row, outcome.record.id)
@@ -146,6 +145,7 @@ def _are_scored(files: list[Path]) -> bool:
 
 
 def masks_digest_of(folder: "RunFolder", replay: Mapping[str, Any], samples: list[int]) -> str:
+    """Hash of the masks that the passes behind an alert drew for these samples."""
     from pipeline.dropout.lookup import masks_digest
 
     return masks_digest(folder, replay["seed"], replay["num_mc_passes"], samples)
