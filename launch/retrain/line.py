@@ -209,9 +209,8 @@ def _check_data(line: Line, one: Retraining) -> Retraining:
 
 
 def _prepare(line: Line, one: Retraining) -> Retraining:
-    place = line.place(one)
-    place.write_config(line.registry.get(one.champion))
-    return line.store.move(one.knows(run=str(place.challenger.path)), "training", place.name)
+    run = line.place(one).write_config(line.registry.get(one.champion))
+    return line.store.move(one.knows(run=str(run)), "training", str(run))
 
 
 def _train(line: Line, one: Retraining) -> Retraining:
