@@ -1,6 +1,7 @@
 """The numbers of one window, by the keys that rules, dashboards and the history know them by."""
 
 import math
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -9,9 +10,10 @@ from monitoring.drift import WindowDrift
 from monitoring.profile import ReferenceProfile
 from monitoring.scored import Window
 
-OF_LABELS = {
+NUM_LABELLED = "drift/num_labelled"
+_OF_LABELS = {
     f"drift/performance/{name}" for name in ("accuracy", "ece", "nll", "calibration_shift")
-}
+} | {NUM_LABELLED}
 
 
 def measures_of(window: Window, drift: WindowDrift, only_labels: bool = False) -> dict[str, float]:
@@ -20,7 +22,7 @@ def measures_of(window: Window, drift: WindowDrift, only_labels: bool = False) -
     With `only_labels`, for labels that come later, what does not follow from labels is left out:
     the window has said it already.
     """
-    found = drift.metrics()
+    found = drift.metrics() | {NUM_LABELLED: float(drift.num_labelled)}
     for one in window.table.schema:
         if one.name not in columns.ASIDE and columns.is_numeric(one.type):
             values = window.numbers(one.name)
@@ -31,8 +33,13 @@ def measures_of(window: Window, drift: WindowDrift, only_labels: bool = False) -
     return {key: value for key, value in found.items() if math.isfinite(value)}
 
 
+def rows_behind(measures: Mapping[str, float], key: str, num_rows: int) -> float:
+    """How many rows of a window a measure is about: those with a label, or all."""
+    return measures.get(NUM_LABELLED, num_rows) if _is_of_labels(key) else num_rows
+
+
 def _is_of_labels(key: str) -> bool:
-    return key in OF_LABELS or key.split("/")[1] in columns.LABELLED
+    return key in _OF_LABELS or bool(columns.LABELLED & set(key.split("/")[1:2]))
 
 
 def reference_measures(profile: ReferenceProfile, drift: WindowDrift) -> dict[str, float]:

@@ -27,6 +27,7 @@ from monitoring.run import best_ood_score
 from monitoring.scored import Window, require_matches
 from pipeline.config.monitoring import DriftConfig, MonitoringConfig
 from pipeline.config.schema import RunConfig
+from pipeline.errors import HistoryError
 from pipeline.locking import file_lock
 from pipeline.records import RunFolder, write_bytes
 
@@ -203,7 +204,13 @@ def _keep(window: Window, path: Path) -> None:
     """A copy of the rows, so that an alert can be replayed when its files are gone."""
     buffer = io.BytesIO()
     pq.write_table(window.table, buffer)
-    write_bytes(path, buffer.getvalue())
+    try:
+        write_bytes(path, buffer.getvalue())
+    except OSError as error:
+        raise HistoryError(
+            f"The rows behind an alert were to be kept in {path}, but: {error.strerror}. Nothing "
+            f"was recorded; run again once there is room."
+        ) from None
 
 
 def _write_files(run: RunFolder, history: History) -> None:

@@ -118,7 +118,7 @@ class RuleConfig(Section):
     of_windows: PositiveInt = 1
     """n: ... of the last so many windows that have the measure, this one among them."""
     min_rows: PositiveInt = 1
-    """Windows with fewer rows say nothing about this rule."""
+    """Windows with fewer rows (for quality: fewer labels) say nothing about this rule."""
     severity: Severity = "warning"
     """How serious it is."""
     runbook: str = ""
@@ -171,7 +171,7 @@ BUILT_IN_RULES: dict[str, dict[str, Any]] = {
         "above": 0.2,
         "in_windows": 2,
         "of_windows": 3,
-        "min_rows": 50,
+        "min_rows": 100,
         "runbook": "Confidences no longer mean what they say: do not act on them; recalibrate.",
     },
 }

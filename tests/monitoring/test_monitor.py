@@ -19,7 +19,7 @@ from monitoring.scored import read_window
 from monitoring.sinks import DeliveryError
 from pipeline.config.load import load_config
 from pipeline.config.schema import RunConfig
-from pipeline.errors import DataError
+from pipeline.errors import DataError, HistoryError
 from pipeline.records import read_jsonl
 
 START = datetime(2026, 5, 4, tzinfo=UTC)
@@ -164,6 +164,16 @@ def test_copies_of_windows_are_kept_for_open_alerts_and_the_newest_others(judge,
             history.acknowledge(alert.id, "ann", "", START)
     judge("4", ["monitoring.keep_windows=1"], seed=4)
     assert len(list(kept.iterdir())) == 1
+
+
+def test_a_copy_that_cannot_be_kept_leaves_no_window_half_recorded(judge, watched_run, history):
+    in_the_way = watched_run.monitoring / "windows"
+    in_the_way.touch()
+    with pytest.raises(HistoryError, match="Nothing was recorded; run again"):
+        judge("strange", seed=1, moved=1)
+    assert history.windows() == history.alerts() == judge.told == []
+    in_the_way.unlink()
+    assert judge("strange", seed=1, moved=1).alerts
 
 
 KILLER = """
