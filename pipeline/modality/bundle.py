@@ -70,6 +70,8 @@ class Modality:
     described: Callable[["Dataset", Any], dict[str, "pa.Array"]]
     """From prepared samples and the processor: what scored rows say of their input, `text` among
     it, and what it takes to make it again (`image`, `input_ids`)."""
+    described_names: tuple[str, ...]
+    """The columns that `described` gives."""
     prepare: Prepare
     """Adds model inputs and `sample_id`, the sample's number in its whole split, and keeps `text`.
 
