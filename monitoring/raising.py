@@ -152,7 +152,8 @@ class Raiser:
         """The column whose rows stand behind a measure: its own, else the one that moved most."""
         parts = metric.split("/")
         if parts[:2] == ["drift", "performance"]:
-            return _OF_QUALITY.get(parts[2], "correct")
+            name = parts[2].removesuffix("_lower").removesuffix("_upper")
+            return _OF_QUALITY.get(name, "correct")
         own = "/".join(parts[1:-1])
         if self.window.has(own):
             return own
