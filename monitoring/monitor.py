@@ -215,9 +215,16 @@ def _keep(window: Window, path: Path) -> None:
 
 def _write_files(run: RunFolder, history: History) -> None:
     """Files of alerts that lack theirs: the history may be ahead of them after a crash."""
-    for id in history.alert_ids():
-        if not (run.monitoring / "alerts" / f"{id}.json").is_file():
-            write_alert(run.monitoring / "alerts", history.alert(id))
+    folder = run.monitoring / "alerts"
+    try:
+        for id in history.alert_ids():
+            if not (folder / f"{id}.json").is_file():
+                write_alert(folder, history.alert(id))
+    except OSError as error:
+        raise HistoryError(
+            f"The window is recorded, but {folder} could not be written: {error.strerror}. The "
+            f"next run writes what is missing."
+        ) from None
 
 
 def _forget_old_windows(run: RunFolder, num_kept: int, history: History) -> None:
