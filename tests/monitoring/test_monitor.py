@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 
 import pyarrow.parquet as pq
@@ -152,6 +153,13 @@ def test_a_clock_that_goes_backwards_changes_no_judgement(judge, history):
         judge(f"{seed}", seed=seed, hours=hours)
     assert [window.created[11:13] for window in history.windows()] == ["10", "02", "05"]
     assert [window.id for window in history.windows()] == [1, 2, 3]
+
+
+def test_windows_judged_at_once_take_turns_and_no_state_is_lost(judge, history):
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda seed: judge(f"{seed}", seed=seed), range(1, 5)))
+    assert [window.id for window in history.windows()] == [1, 2, 3, 4]
+    assert history.detector_state("doubt")["state"]["num_runs"] == 4
 
 
 def test_copies_of_windows_are_kept_for_open_alerts_and_the_newest_others(judge, watched_run):
