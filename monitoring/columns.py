@@ -13,7 +13,7 @@ LABEL, PREDICTION, CORRECT, CONFIDENCE = "label", "prediction", "correct", "conf
 EMBEDDING, MODEL_VERSION = "embedding", "model_version"
 
 # Neither judged nor summed: names of rows, and what is there for a replay.
-ASIDE = {SAMPLE_ID, TEXT, EMBEDDING, BATCH_KEY, INPUT_IDS, MODEL_VERSION, "split"}
+ASIDE = {SAMPLE_ID, TEXT, EMBEDDING, BATCH_KEY, INPUT_IDS, MODEL_VERSION, "split", "image"}
 # What is known only with a label, which production has later or never.
 LABELLED = {LABEL, CORRECT, "label_log_probability"}
 

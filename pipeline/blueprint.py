@@ -20,6 +20,7 @@ from pipeline.dropout.doors import site_names
 from pipeline.dropout.plan import Blueprint
 from pipeline.dropout.sites import ROLE_OF_ATTRIBUTE
 from pipeline.errors import ModelError
+from pipeline.modality.bundle import MODALITIES
 from pipeline.model_config import auto_class, modelling_source, set_rates
 
 _LARGEST_CPU_TRACE = 1_500_000_000
@@ -65,12 +66,13 @@ def blueprint_of(config: RunConfig, hf_config: PreTrainedConfig) -> Blueprint:
     Raises:
         ModelError: the model cannot be built or traced as configured.
     """
+    modality = MODALITIES[config.model.task]
     _check_direction(config, hf_config)
     fields = _rate_fields(config, hf_config)
     skeleton = _skeleton(config, hf_config, fields, "meta")
     _check_length(config, hf_config, skeleton)
     _check_attention(config, hf_config, skeleton)
-    device = _trace_device(hf_config, skeleton)
+    device = _trace_device(hf_config, skeleton, modality.example)
 
     def build(rates: Mapping[str, float | None]) -> nn.Module:
         return _skeleton(config, hf_config, rates, device)
@@ -79,15 +81,14 @@ def blueprint_of(config: RunConfig, hf_config: PreTrainedConfig) -> Blueprint:
         return _skeleton(config, hf_config, rates, device, KEYED)
 
     def example(batch_size: int, length: int) -> dict[str, Any]:
-        return _example(hf_config, batch_size, length, device)
+        return modality.example(hf_config, batch_size, length, device)
 
-    is_classifier = config.model.task == "text-classification"
     return Blueprint(
         build=build,
         example=example,
         defaults=fields,
         body_prefix=getattr(skeleton, "base_model_prefix", ""),
-        has_classification_head=is_classifier,
+        has_classification_head=modality.needs_labels,
         insertable=_insertable,
         attention_refusal=_attention_refusal(config.model.attn_implementation),
         build_keyed=build_keyed if config.model.attn_implementation in (None, KEYED) else None,
@@ -175,10 +176,10 @@ def _check_length(config: RunConfig, hf_config: PreTrainedConfig, skeleton: nn.M
         )
 
 
-def _trace_device(hf_config: PreTrainedConfig, skeleton: nn.Module) -> str:
+def _trace_device(hf_config: PreTrainedConfig, skeleton: nn.Module, example: Any) -> str:
     """`meta` where the forward runs without data, else the CPU for models that fit."""
     try:
-        skeleton(**_example(hf_config, 2, 4, "meta"))
+        skeleton(**example(hf_config, 2, 4, "meta"))
         return "meta"
     except Exception as error:  # whatever a modelling file does with the values of its inputs
         size = sum(p.numel() for p in skeleton.parameters())
@@ -188,17 +189,6 @@ def _trace_device(hf_config: PreTrainedConfig, skeleton: nn.Module) -> str:
                 f"{size:,} parameters it is too large to be built for tracing."
             ) from error
         return "cpu"
-
-
-def _example(
-    hf_config: PreTrainedConfig, batch_size: int, length: int, device: str
-) -> dict[str, Any]:
-    ids = torch.ones(batch_size, length, dtype=torch.long, device=device)
-    text_config = hf_config.get_text_config()
-    end = getattr(text_config, "eos_token_id", None)
-    if device != "meta" and isinstance(end, int) and end < text_config.vocab_size:
-        ids[:, -1] = end
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
 def _insertable(model: nn.Module) -> dict[str, list[str]]:

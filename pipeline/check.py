@@ -15,11 +15,10 @@ from pipeline.dropout.plan import DropoutPlan
 from pipeline.errors import InputError
 from pipeline.modality.bundle import MODALITIES
 from pipeline.model import check_weights, plan_for
-from pipeline.model_config import auto_class, fit_to_tokenizer, model_config
+from pipeline.model_config import auto_class, model_config
 from pipeline.packing import require_isolation
 from pipeline.quantization import require_quantizer
 from pipeline.records import RunFolder
-from pipeline.tokenizer import load_tokenizer
 from pipeline.train import check_folder
 
 Result = TypeVar("Result")
@@ -44,7 +43,7 @@ def check(config: RunConfig) -> list[str]:
     planned = _attempt(problems, lambda: plan_for(config, names))
     _attempt(problems, lambda: check_weights(config))
     _attempt(problems, lambda: require_quantizer(config))
-    notes = _attempt(problems, lambda: _tokenizer_notes(config)) if planned else None
+    notes = _attempt(problems, lambda: _processor_notes(config)) if planned else None
     if planned and config.data.packing:
         packing = _attempt(problems, lambda: _packing_notes(config, planned))
         notes = [*(notes or []), *(packing or [])]
@@ -61,13 +60,14 @@ def plan(config: RunConfig) -> DropoutPlan:
     return plan_for(config)
 
 
-def _tokenizer_notes(config: RunConfig) -> list[str]:
-    """What a tokenizer that is named has to say; one that is still to be trained fits by itself."""
+def _processor_notes(config: RunConfig) -> list[str]:
+    """What a processor that is named has to say; one that is still to be made fits by itself."""
     if config.model.model_name_or_path is None and config.model.tokenizer_name_or_path is None:
         return []
-    tokenizer = load_tokenizer(config, [])
-    notes = MODALITIES[config.model.task].notes(tokenizer)
-    fit_to_tokenizer(model_config(config, None), tokenizer, config)
+    modality = MODALITIES[config.model.task]
+    processor = modality.load_processor(config)
+    notes = modality.notes(processor)
+    modality.fit(model_config(config, None), processor, config)
     return notes
 
 

@@ -6,14 +6,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
 from torch.utils.data import Dataset as TorchDataset
 
 from pipeline.config.schema import DataSource, RunConfig
-from pipeline.dropout.philox import permutation
+from pipeline.dropout.key import derive_key
+from pipeline.dropout.philox import permutation, philox_words
 from pipeline.errors import DataError
 from pipeline.modality import MODALITIES, Modality
 from pipeline.modality.bundle import LabelNames
 from pipeline.modality.domains import domain_problems, with_domains
+from pipeline.modality.quarantine import Quarantine, SetAside
 from pipeline.sources import default_split, load_splits, num_shared, ranges_of, select
 
 if TYPE_CHECKING:
@@ -51,6 +54,8 @@ class PreparedData:
     fingerprint: str
     """sha256 over ids, inputs and labels of all splits: equal wherever the same rows are seen."""
     notes: tuple[str, ...] = ()
+    set_aside: tuple[SetAside, ...] = ()
+    """Broken samples, which no split holds."""
 
 
 def load_raw(config: RunConfig) -> RawData:
@@ -80,30 +85,45 @@ def load_raw(config: RunConfig) -> RawData:
     return RawData(**rows, ood=ood, label_names=names, notes=tuple(notes))
 
 
-def prepare_data(config: RunConfig, raw: RawData, tokenizer: Any) -> PreparedData:
-    """Tokenises every split; the limits on samples are applied here, by key."""
+def prepare_data(config: RunConfig, raw: RawData, processor: Any) -> PreparedData:
+    """Makes model inputs of every split; the limits on samples are applied here, by key."""
     modality, data = MODALITIES[config.model.task], config.data
 
     def prepare(
         rows: "Dataset", source: DataSource, names: LabelNames, limit: int | None
     ) -> "Dataset":
-        found = modality.prepare(rows, source, config, tokenizer, names, max_samples=limit)
+        found = modality.prepare(rows, source, config, processor, names, max_samples=limit)
         return with_domains(found, rows, config)
 
     names, limit = raw.label_names, data.max_eval_samples
-    notes = (*raw.notes, *modality.notes(tokenizer))
+    quarantine = Quarantine(data.quarantine_budget)
     parts = {
         "train": prepare(raw.train, data, names, data.max_train_samples),
         "validation": prepare(raw.validation, data, names, limit),
         "test": prepare(raw.test, data, names, limit),
     }
     ood = {name: prepare(rows, data.ood[name], None, limit) for name, rows in raw.ood.items()}
+    parts = {name: _usable(quarantine, name, part, modality) for name, part in parts.items()}
+    ood = {n: _usable(quarantine, f"ood.{n}", part, modality) for n, part in ood.items()}
     every = parts | {f"ood.{name}": part for name, part in ood.items()}
     empty = [f"{name}: there is not one sample" for name, part in every.items() if not len(part)]
     _raise_if_any(empty + _too_few(len(parts["train"]), config.train.global_batch_size))
     return PreparedData(
-        **parts, ood=ood, label_names=names, fingerprint=fingerprint_of(every), notes=notes
+        **parts,
+        ood=ood,
+        label_names=names,
+        fingerprint=fingerprint_of(every),
+        notes=(*raw.notes, *modality.notes(processor), *quarantine.notes()),
+        set_aside=tuple(quarantine.set_aside),
     )
+
+
+def _usable(quarantine: Quarantine, name: str, rows: "Dataset", modality: Modality) -> "Dataset":
+    """Rows that the modality can use, all of them looked at once."""
+    if modality.judge is None:
+        return rows
+    places = quarantine.usable(name, rows, modality.judge)
+    return rows if len(places) == len(rows) else rows.select(places)
 
 
 def fingerprint_of(parts: Mapping[str, "Dataset"]) -> str:
@@ -111,7 +131,7 @@ def fingerprint_of(parts: Mapping[str, "Dataset"]) -> str:
     whole = hashlib.sha256()
     for name, rows in parts.items():
         whole.update(f"{name}\0{len(rows)}\0".encode())
-        for column in ("sample_id", "input_ids", "labels", "domain"):
+        for column in ("sample_id", "input_ids", "labels", "domain", "image"):
             if column in rows.column_names:
                 whole.update(column.encode() + _digest(rows, column))
     return whole.hexdigest()
@@ -125,12 +145,21 @@ class TrainingStream(TorchDataset[dict[str, Any]]):
     and resumes agree by themselves.
     """
 
-    def __init__(self, rows: "Dataset", seed: int, num_steps: int, global_batch_size: int) -> None:
+    def __init__(
+        self,
+        rows: "Dataset",
+        seed: int,
+        num_steps: int,
+        global_batch_size: int,
+        with_partners: bool = False,
+    ) -> None:
         _raise_if_any(_too_few(len(rows), global_batch_size))
         self.rows = rows.remove_columns([name for name in ("text",) if name in rows.column_names])
         self.seed, self.num_steps, self.global_batch_size = seed, num_steps, global_batch_size
+        self.with_partners = with_partners
         self.rows_per_epoch = len(rows) // global_batch_size * global_batch_size
         self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
+        self._step, self._partners = -1, np.empty(0, dtype=np.int64)
 
     def __len__(self) -> int:
         return self.num_steps * self.global_batch_size
@@ -139,8 +168,21 @@ class TrainingStream(TorchDataset[dict[str, Any]]):
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of a stream of {len(self)}")
         epoch, place = divmod(index, self.rows_per_epoch)
-        row = self.rows[int(self._order_of(epoch)[place])]
-        return {**row, "mask_step": index // self.global_batch_size}
+        order, step = self._order_of(epoch), index // self.global_batch_size
+        row = {**self.rows[int(order[place])], "mask_step": step}
+        if self.with_partners:
+            first = place - place % self.global_batch_size
+            partner = first + self._partner_of(step, place - first)
+            row["partner"] = self.rows[int(order[partner])]
+        return row
+
+    def _partner_of(self, step: int, place: int) -> int:
+        """Another place of the global batch: a keyed permutation of it, each place's partner."""
+        if step != self._step:
+            key = derive_key(self.seed, "augment", step, "permutation", "partner", 0)
+            words = philox_words(key, 0, 0, np.arange(self.global_batch_size))
+            self._step, self._partners = step, np.argsort(words[:, 0], kind="stable")
+        return int(self._partners[place])
 
     def _order_of(self, epoch: int) -> np.ndarray:
         if epoch != self._epoch:
@@ -220,7 +262,7 @@ def _problems(
     """What is wrong with the columns, and if the text is there with what they hold."""
     if not len(rows):
         return [f"{place}: there are no rows"]
-    needed = {"text_column_name": source.text_column_name}
+    needed = modality.inputs(source)
     if needs_labels:
         needed["label_column_name"] = source.label_column_name
     missing = {key: column for key, column in needed.items() if column not in rows.column_names}
@@ -229,7 +271,7 @@ def _problems(
         f"there is no column {column!r}; there are: {existing}. Name the right one with {key}"
         for key, column in missing.items()
     ]
-    if "text_column_name" not in missing:
+    if not missing.keys() & needed.keys() - {"label_column_name"}:
         judged = None if "label_column_name" in missing else names
         problems += modality.problems(rows, source, judged)
     return [f"{place}: {problem}" for problem in problems]
@@ -262,6 +304,11 @@ def _digest(rows: "Dataset", column: str) -> bytes:
     arrow = rows.select_columns([column]).with_format("arrow")
     for batch in arrow.iter(batch_size=10_000):
         array = batch[column].combine_chunks()
+        if isinstance(array, pa.StructArray):  # files: their bytes, or where they are
+            for row in array.to_pylist():
+                file = str(row["path"]).encode() if row["bytes"] is None else row["bytes"]
+                values.update(hashlib.sha256(file).digest())
+            continue
         if hasattr(array, "value_lengths"):
             lengths.update(
                 array.value_lengths().to_numpy(zero_copy_only=False).astype("<i8").tobytes()

@@ -14,7 +14,7 @@ from pipeline.dropout.plan import DropoutPlan
 from pipeline.errors import RunFolderError
 from pipeline.library_output import without_bars
 from pipeline.records import RunFolder
-from pipeline.trained import trained_model, trained_tokenizer
+from pipeline.trained import trained_model, trained_processor
 
 
 def export(run: RunFolder, output: Path) -> Path:
@@ -30,15 +30,15 @@ def export(run: RunFolder, output: Path) -> Path:
         raise RunFolderError(f"{output} {fault}; name a new folder to export to.")
     config = load_config(run.path)
     plan = DropoutPlan.read(run.plan)
-    tokenizer = trained_tokenizer(run, config)
-    model: Any = trained_model(run, config, plan, tokenizer, dequantize=True)
+    processor = trained_processor(run, config)
+    model: Any = trained_model(run, config, plan, processor, dequantize=True)
     if config.peft is not None:
         model = model.merge_and_unload()
     unfinished = output.with_name(f".{output.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     with without_bars():
         model.save_pretrained(unfinished)
-    tokenizer.save_pretrained(unfinished)
+    processor.save_pretrained(unfinished)
     if output.exists():
         output.rmdir()
     os.replace(unfinished, output)

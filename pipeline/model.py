@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig
 
 from pipeline import quantization
 from pipeline.adapter import with_adapter
@@ -22,15 +22,10 @@ from pipeline.dropout.key import derive_key
 from pipeline.dropout.noise import NEFTUNE, with_noise
 from pipeline.dropout.plan import DropoutPlan, make_plan
 from pipeline.errors import ModelError
+from pipeline.hub import not_found, resolve
 from pipeline.library_output import without_load_report, without_old_names
-from pipeline.model_config import (
-    auto_class,
-    fit_to_tokenizer,
-    model_config,
-    not_found,
-    resolve,
-    set_rates,
-)
+from pipeline.modality.bundle import MODALITIES
+from pipeline.model_config import auto_class, model_config, set_rates
 from pipeline.records import sha256_of_file
 
 logger = logging.getLogger(__name__)
@@ -39,11 +34,11 @@ logger = logging.getLogger(__name__)
 def plan_for(
     config: RunConfig,
     label_names: Sequence[str] | None = None,
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    processor: Any = None,
 ) -> DropoutPlan:
     """The dropout plan of a run's model, from its configuration alone."""
     hf_config = model_config(config, label_names)
-    fit_to_tokenizer(hf_config, tokenizer, config)
+    MODALITIES[config.model.task].fit(hf_config, processor, config)
     blueprint = blueprint_of(config, hf_config)
     plan = make_plan(blueprint, config.dropout)
     alpha = config.train.extra.get(NEFTUNE)
@@ -54,14 +49,14 @@ def build_model(
     config: RunConfig,
     label_names: Sequence[str] | None,
     plan: DropoutPlan,
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    processor: Any = None,
 ) -> nn.Module:
     """Load (or initialise) the model that a run starts from, with its adapter.
 
     Raises:
         ModelError: the weights cannot be found, are not the ones asked for, or do not fit.
     """
-    hf_config = _planned_config(config, label_names, plan, tokenizer)
+    hf_config = _planned_config(config, label_names, plan, processor)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_key(config.seed, "init", 0, "weights", "model", 0) >> 1)
         model = with_adapter(config, _load_weights(config, hf_config, plan), dict(plan.attributes))
@@ -74,7 +69,7 @@ def load_trained(
     config: RunConfig,
     label_names: Sequence[str] | None,
     plan: DropoutPlan,
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    processor: Any = None,
     dequantize: bool = False,
 ) -> nn.Module:
     """The model that a run saved under `folder`: the adapter on its base, or the full weights.
@@ -85,7 +80,7 @@ def load_trained(
     Raises:
         ModelError: the folder lacks weights of this model.
     """
-    model = _trained_weights(folder, config, label_names, plan, tokenizer, dequantize)
+    model = _trained_weights(folder, config, label_names, plan, processor, dequantize)
     add_learned_rates(model, plan.in_force(), config.dropout.concrete)
     if (rates := learned_rates_of(model)) is not None:
         rates.load(folder)
@@ -97,10 +92,10 @@ def _trained_weights(
     config: RunConfig,
     label_names: Sequence[str] | None,
     plan: DropoutPlan,
-    tokenizer: PreTrainedTokenizerBase | None,
+    processor: Any,
     dequantize: bool,
 ) -> nn.Module:
-    hf_config = _planned_config(config, label_names, plan, tokenizer)
+    hf_config = _planned_config(config, label_names, plan, processor)
     if config.peft is None:
         try:
             model, missing, mismatched = _read_weights(str(folder), config, hf_config, plan)
@@ -136,10 +131,10 @@ def _planned_config(
     config: RunConfig,
     label_names: Sequence[str] | None,
     plan: DropoutPlan,
-    tokenizer: PreTrainedTokenizerBase | None,
+    processor: Any,
 ) -> PreTrainedConfig:
     hf_config = model_config(config, label_names)
-    fit_to_tokenizer(hf_config, tokenizer, config)
+    MODALITIES[config.model.task].fit(hf_config, processor, config)
     set_rates(hf_config, dict(plan.attributes))
     return hf_config
 

@@ -44,6 +44,11 @@ class RunFolder:
         return self.path / "labels.json"
 
     @property
+    def quarantine(self) -> Path:
+        """Samples that could not be used, one a line: split, sample_id, reason."""
+        return self.path / "quarantine.jsonl"
+
+    @property
     def metrics(self) -> Path:
         """History of the training, one JSON object a line."""
         return self.path / "metrics.jsonl"

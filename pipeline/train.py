@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, TrainingArguments
+from transformers import EarlyStoppingCallback, TrainingArguments
 
 from pipeline import agreement, checkpoint, engines, parallel, quantization, zero
 from pipeline.arguments import (
@@ -28,11 +28,11 @@ from pipeline.dropout.plan import DropoutPlan
 from pipeline.errors import RunFolderError
 from pipeline.library_output import without_old_collectives
 from pipeline.modality.bundle import MODALITIES
+from pipeline.modality.image_mixing import is_mixing
 from pipeline.model import build_model, plan_for
 from pipeline.packing import packed, require_isolation
-from pipeline.records import RunFolder, write_json, write_text
+from pipeline.records import RunFolder, write_json, write_jsonl, write_text
 from pipeline.sharding import running_layout, use_one_device
-from pipeline.tokenizer import load_tokenizer
 from pipeline.tracking import Tracker, open_tracker
 from pipeline.trainer import LockedTrainer
 
@@ -71,7 +71,7 @@ class Parts:
     run: RunFolder
     args: TrainingArguments
     data: PreparedData
-    tokenizer: PreTrainedTokenizerBase
+    processor: Any
     plan: DropoutPlan
     model: Any
     found: Path | None
@@ -193,13 +193,13 @@ def as_before(before: RunConfig, config: RunConfig, also: tuple[str, ...] = ()) 
 
 
 def prepare(config: RunConfig, run: RunFolder, args: TrainingArguments, say: Say) -> Parts:
-    """Data, tokenizer, plan, model and the checkpoint to go on from: every check, no write."""
+    """Data, processor, plan, model and the checkpoint to go on from: every check, no write."""
     check_metric(config.train, MODALITIES[config.model.task].metric_names)
     check_optimizer(args)
     with parallel.main_first():
         raw = load_raw(config)
-        tokenizer = load_tokenizer(config, raw.train[config.data.text_column_name])
-        data = prepare_data(config, raw, tokenizer)
+        processor = MODALITIES[config.model.task].load_processor(config, raw.train)
+        data = prepare_data(config, raw, processor)
         if config.data.packing:
             data = replace(data, train=packed(data.train, config.data.max_length))
             require_enough(data.train, config.train.global_batch_size)
@@ -207,16 +207,16 @@ def prepare(config: RunConfig, run: RunFolder, args: TrainingArguments, say: Say
         say(note)
     set_horizon(args, config.train, len(data.train), has_validation=len(data.validation) > 0)
     with engines.built_whole():
-        plan = plan_for(config, data.label_names, tokenizer).for_steps(args.max_steps)
+        plan = plan_for(config, data.label_names, processor).for_steps(args.max_steps)
     check_learned(plan, parallel.read_launch().engine, _zero_stage(args))
     found = find_checkpoint(run, plan, data, say)
     with engines.built_whole(unless=_is_sharded_init(args)):
-        model = build_model(config, data.label_names, plan, tokenizer)
+        model = build_model(config, data.label_names, plan, processor)
     if config.data.packing and not _is_sharded_init(args):
         require_isolation(model, plan)
     if found is None:
         checkpoint.require_space(run.path, checkpoint_bytes(model))
-    return Parts(config, run, args, data, tokenizer, plan, model, found, say)
+    return Parts(config, run, args, data, processor, plan, model, found, say)
 
 
 def _zero_stage(args: TrainingArguments) -> int:
@@ -268,6 +268,8 @@ def write_description(parts: Parts) -> None:
         write_json(parts.run.plan, parts.plan.to_json())
         if parts.data.label_names is not None:
             write_json(parts.run.labels, list(parts.data.label_names))
+        if parts.data.set_aside:
+            write_jsonl(parts.run.quarantine, [one.to_json() for one in parts.data.set_aside])
     parallel.barrier()
 
 
@@ -344,16 +346,20 @@ def make_trainer(
         model=parts.model,
         args=parts.args,
         train_dataset=TrainingStream(
-            rows, config.seed, parts.args.max_steps, train.global_batch_size
+            rows,
+            config.seed,
+            parts.args.max_steps,
+            train.global_batch_size,
+            with_partners=is_mixing(config.data.augmentation.image),
         ),
         eval_dataset=parts.data.validation,
-        data_collator=modality.collator(parts.tokenizer, config),
+        data_collator=modality.collator(parts.processor, config),
         callbacks=callbacks,
     )
 
 
 def save_model(parts: Parts, trainer: LockedTrainer) -> None:
-    """The final (or best) weights and the tokenizer, under their name only once they are whole."""
+    """The final (or best) weights and the processor, under their name only once they are whole."""
     run, best = parts.run, None
     if parts.config.train.load_best_model_at_end:
         best = trainer.load_best()
@@ -363,7 +369,7 @@ def save_model(parts: Parts, trainer: LockedTrainer) -> None:
     parallel.barrier()
     trainer.export(unfinished)
     if parallel.is_main():
-        parts.tokenizer.save_pretrained(unfinished)
+        parts.processor.save_pretrained(unfinished)
         checkpoint.flush_tree(unfinished)
         os.replace(unfinished, run.model)
     parallel.barrier()

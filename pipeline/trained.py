@@ -1,25 +1,25 @@
-"""What a finished training left for the stages after it: tokenizer, class names and model."""
+"""What a finished training left for the stages after it: processor, class names and model."""
 
 import hashlib
 import json
+from typing import Any
 
 from torch import nn
-from transformers import PreTrainedTokenizerBase
 
 from pipeline.config.schema import RunConfig
 from pipeline.data import PreparedData
 from pipeline.dropout.plan import DropoutPlan
 from pipeline.errors import RunFolderError
-from pipeline.modality.bundle import LabelNames
+from pipeline.modality.bundle import MODALITIES, LabelNames
 from pipeline.model import load_trained
 from pipeline.records import RunFolder, sha256_of_file
-from pipeline.tokenizer import load_tokenizer
 
 
-def trained_tokenizer(run: RunFolder, config: RunConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer that the training saved beside the weights."""
-    saved = config.model.model_copy(update={"tokenizer_name_or_path": str(run.model)})
-    return load_tokenizer(config.model_copy(update={"model": saved}), [])
+def trained_processor(run: RunFolder, config: RunConfig) -> Any:
+    """The processor that the training saved beside the weights."""
+    names = dict.fromkeys(("tokenizer_name_or_path", "processor_name_or_path"), str(run.model))
+    saved = config.model_copy(update={"model": config.model.model_copy(update=names)})
+    return MODALITIES[config.model.task].load_processor(saved)
 
 
 def trained_label_names(run: RunFolder) -> LabelNames:
@@ -33,11 +33,11 @@ def trained_model(
     run: RunFolder,
     config: RunConfig,
     plan: DropoutPlan,
-    tokenizer: PreTrainedTokenizerBase,
+    processor: Any,
     dequantize: bool = False,
 ) -> nn.Module:
     """The model that the training saved, an adapter on its base (in plain weights, if asked)."""
-    return load_trained(run.model, config, trained_label_names(run), plan, tokenizer, dequantize)
+    return load_trained(run.model, config, trained_label_names(run), plan, processor, dequantize)
 
 
 def model_version(run: RunFolder) -> str:

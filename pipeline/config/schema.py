@@ -7,12 +7,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from pipeline.config.augmentation import Augmentation
 from pipeline.config.monitoring import MonitoringConfig
 from pipeline.config.roles import PositiveInt, Rate, RoleDropout, Section
 
 NonNegativeInt = Annotated[int, Field(ge=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0.0)]
-Task = Literal["text-classification", "text-generation"]
+Task = Literal["text-classification", "text-generation", "image-classification"]
 
 
 class ModelConfig(Section):
@@ -32,6 +33,8 @@ class ModelConfig(Section):
     """If given, the sha256 that `model.safetensors` must have; checked before it is loaded."""
     tokenizer_name_or_path: str | None = None
     """Defaults to the model's. Without either, a byte-level BPE is trained on the training text."""
+    processor_name_or_path: str | None = None
+    """Image processor or feature extractor; defaults to the model's. A model from scratch gets one of its size."""
     tokenizer_vocab_size: PositiveInt = 4096
     """Vocabulary size of a tokenizer trained here."""
     trust_remote_code: bool = False
@@ -69,6 +72,8 @@ class DataSource(Section):
     """Split to read, where one is read (OOD sets); default: the only one, or `test`."""
     text_column_name: str = "text"
     """Column with the text."""
+    image_column_name: str = "image"
+    """Column with the image: encoded bytes, a path, or a data set's Image feature."""
     label_column_name: str = "label"
     """Column with the label (classification)."""
 
@@ -92,6 +97,10 @@ class DataConfig(DataSource):
     """Use only this many rows of each evaluation split, chosen by key."""
     domain_column_name: str | None = None
     """Column with the name of each row's domain, for `dropout.domains`."""
+    augmentation: Augmentation = Augmentation()
+    """How training samples of images and audio are varied; the variation follows from step and sample."""
+    quarantine_budget: Rate = 0.01
+    """Largest share of a split's images or clips that may be broken; they are set aside, and listed in quarantine.jsonl."""
     ood: dict[str, DataSource] = {}
     """Named out-of-distribution sets, for the evaluation stage."""
 

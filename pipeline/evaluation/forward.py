@@ -106,16 +106,18 @@ class FeatureTap:
         for handle in self._handles:
             handle.remove()
 
-    def pooled(self, attention_mask: Tensor) -> Tensor:
+    def pooled(self, attention_mask: Tensor | None) -> Tensor:
         """One feature a row, [N, D] float32.
 
         Where the layer reads a feature a token: the last token's for classes (what the model judges
         by), the mean over tokens for language models.
         """
         assert self._seen is not None, "the last layer was not called"
-        features, attended = self._seen.float(), attention_mask.bool()
+        features = self._seen.float()
         if features.dim() == 2:
             return features
+        assert attention_mask is not None, "a feature a token comes with a mask of the tokens"
+        attended = attention_mask.bool()
         if self.has_classes:
             places = torch.arange(attended.shape[1], device=attended.device)
             last = (attended * places).amax(dim=1)

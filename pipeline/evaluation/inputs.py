@@ -14,6 +14,7 @@ from pipeline.errors import DataError
 from pipeline.modality.bundle import MODALITIES, LabelNames
 from pipeline.modality.domains import with_domains
 from pipeline.modality.labels import label_values, row_list
+from pipeline.modality.quarantine import Quarantine
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -65,17 +66,17 @@ def require_usable(rows: "Dataset", config: RunConfig, label_names: LabelNames) 
 
 
 def prepare_inputs(
-    rows: "Dataset", config: RunConfig, tokenizer: Any, label_names: LabelNames
+    rows: "Dataset", config: RunConfig, processor: Any, label_names: LabelNames
 ) -> "Dataset":
     """Usable rows as the model takes them, numbered by their `sample_id` column or else by place.
 
     A label column, if there is one, becomes `labels` (-1 where a row has none).
 
     Raises:
-        DataError: there is nothing that the model could predict.
+        DataError: there is nothing that the model could predict, or a sample is broken.
     """
     modality, source = MODALITIES[config.model.task], config.data
-    prepared = modality.prepare(rows, source, config, tokenizer, None)
+    prepared = modality.prepare(rows, source, config, processor, None)
     prepared = with_domains(prepared, rows, config)
     if label_names is not None and source.label_column_name in rows.column_names:
         number = {name: place for place, name in enumerate(label_names)}
@@ -84,6 +85,8 @@ def prepare_inputs(
         prepared = prepared.add_column("labels", labels)
     if SAMPLE_ID in rows.column_names:
         prepared = prepared.remove_columns(SAMPLE_ID).add_column(SAMPLE_ID, rows[SAMPLE_ID][:])
+    if modality.judge is not None:
+        Quarantine(0.0).usable("inputs", prepared, modality.judge)
     if not len(prepared):
         raise DataError("The inputs make not one sample: the model predicts nothing of them.")
     return prepared
@@ -114,8 +117,9 @@ def carried_columns(
 
 
 def own_columns(rows: "Dataset", config: RunConfig) -> list[str]:
-    """Columns that are neither text nor label nor the number of the row."""
-    ours = {config.data.text_column_name, config.data.label_column_name, SAMPLE_ID}
+    """Columns that are neither input nor label nor the number of the row."""
+    inputs = MODALITIES[config.model.task].inputs(config.data).values()
+    ours = {*inputs, config.data.label_column_name, SAMPLE_ID}
     return [name for name in rows.column_names if name not in ours]
 
 
@@ -158,13 +162,12 @@ def _problems(rows: "Dataset", config: RunConfig, label_names: LabelNames) -> li
     if not len(rows):
         return ["there are no rows"]
     problems: list[str] = []
-    if source.text_column_name in rows.column_names:
-        problems += modality.problems(rows, source, None)
-    else:
-        problems.append(
-            f"there is no column {source.text_column_name!r} (data.text_column_name); there are: "
-            f"{', '.join(rows.column_names)}"
-        )
+    missing = [
+        f"there is no column {column!r} (data.{key}); there are: {', '.join(rows.column_names)}"
+        for key, column in modality.inputs(source).items()
+        if column not in rows.column_names
+    ]
+    problems += missing or modality.problems(rows, source, None)
     if label_names is not None and source.label_column_name in rows.column_names:
         problems += _unknown_labels(rows, source.label_column_name, label_names)
     if SAMPLE_ID in rows.column_names:

@@ -2,8 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-
-from transformers import PreTrainedTokenizerBase
+from typing import Any
 
 from pipeline import engines, parallel
 from pipeline.config.load import config_diff, load_config
@@ -56,18 +55,19 @@ def read_plan(run: RunFolder, config: RunConfig) -> DropoutPlan:
 
 
 def open_predictor(
-    run: RunFolder, config: RunConfig, plan: DropoutPlan, tokenizer: PreTrainedTokenizerBase
+    run: RunFolder, config: RunConfig, plan: DropoutPlan, processor: Any
 ) -> Predictor:
     """The run's model on this process's device, its masks keyed by the run's seed."""
     with engines.unsharded():
-        model = trained_model(run, config, plan, tokenizer)
+        model = trained_model(run, config, plan, processor)
     model.to(parallel.own_device(config.train.use_cpu))
     keyed = KeyedDropout(model, plan, config.seed)
     passes = config.evaluation.num_mc_passes
     return Predictor(
         model,
-        MODALITIES[config.model.task].collator(tokenizer, config),
+        MODALITIES[config.model.task].collator(processor, config),
         MonteCarlo(keyed, passes, strict=config.dropout.strict),
         batch_size=config.evaluation.batch_size,
         has_classes=trained_label_names(run) is not None,
+        lengths=MODALITIES[config.model.task].lengths,
     )

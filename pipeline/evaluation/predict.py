@@ -66,6 +66,7 @@ class Predictor:
         monte_carlo: draws the passes.
         batch_size: rows a forward pass.
         has_classes: whether the model classifies rows (otherwise it predicts tokens).
+        lengths: of rows: those of like length run together.
     """
 
     def __init__(
@@ -76,16 +77,17 @@ class Predictor:
         *,
         batch_size: int,
         has_classes: bool,
+        lengths: Callable[["Dataset"], list[int]],
     ) -> None:
         self.model = model.eval()
         self.collate, self.monte_carlo, self.batch_size = collate, monte_carlo, batch_size
-        self.has_classes = has_classes
+        self.has_classes, self.lengths = has_classes, lengths
         self.clock = Clock()
         self.device = next(model.parameters()).device
 
     def batches_of(self, rows: "Dataset") -> Batches:
         """Which rows run together."""
-        return by_length([len(ids) for ids in rows["input_ids"][:]], self.batch_size)
+        return by_length(self.lengths(rows), self.batch_size)
 
     def predict(self, rows: "Dataset", batches: Batches | None = None) -> Any:
         """Predictions on the main process.
@@ -155,7 +157,7 @@ class Predictor:
             kept_outputs(self.monte_carlo.body) as outputs,
         ):
             logits = logits_of(self.model, inputs)
-        features = tap.pooled(inputs["attention_mask"]).cpu()
+        features = tap.pooled(inputs.get("attention_mask")).cpu()
         return _PlainPass(logits, features, outputs[0] if outputs else None)
 
     def _passes(self, batch: dict[str, Tensor], plain: "_PlainPass") -> Iterator[Tensor]:

@@ -5,7 +5,7 @@ Scored rows hold everything; samples.parquet of an evaluation a part of it that 
 
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,23 +21,22 @@ from pipeline.evaluation.calibration import apply_temperature
 from pipeline.evaluation.judge import ENTROPIES, Prediction, Scores
 from pipeline.evaluation.ood.registry import CLASS_SOURCES, SCORES, TOKEN_SOURCES
 from pipeline.evaluation.predict import ClassPrediction, TokenPrediction
-from pipeline.modality.bundle import LabelNames
+from pipeline.modality.bundle import MODALITIES, LabelNames
 from pipeline.records import write_bytes
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import PreTrainedTokenizerBase
 
 SCORED_SCHEMA = "masklock-scored-v1"
 METADATA_KEY = b"masklock"
 EXCERPT_CHARACTERS = 500
-COLUMNS = ("sample_id", "batch_key", "text", "num_tokens", "unknown_token_share", "embedding")
+COLUMNS = ("sample_id", "batch_key", "embedding")
 CLASS_COLUMNS = (
     *("label", "prediction", "correct", "label_log_probability", "disagreement"),
     *("confidence", "deterministic_confidence", "calibrated_confidence"),
 )
-TOKEN_COLUMNS = ("input_ids", "log_probability", "perplexity", "deterministic_perplexity")
-_NOT_IN_SAMPLES = ("batch_key", "input_ids", "embedding")
+TOKEN_COLUMNS = ("log_probability", "perplexity", "deterministic_perplexity")
+_NOT_IN_SAMPLES = ("batch_key", "input_ids", "image", "embedding")
 _TINY = np.finfo(np.float64).tiny  # stands for a probability of exactly 0: log = -708.4
 
 
@@ -47,18 +46,14 @@ class Origin:
 
     label_names: LabelNames
     temperature: float | None
-    unknown_token: int | None
-    """Its id, for tokenizers that have one."""
+    described: Callable[["Dataset"], dict[str, pa.Array]]
+    """The columns about a row's input."""
 
 
-def unknown_token(tokenizer: "PreTrainedTokenizerBase") -> int | None:
-    """The token that stands for what the vocabulary lacks.
-
-    Byte-level tokenizers lack nothing; some of them call their end token so.
-    """
-    found: int | None = tokenizer.unk_token_id
-    ends = (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id)
-    return None if found in ends else found
+def described_by(config: RunConfig, processor: Any) -> Callable[["Dataset"], dict[str, pa.Array]]:
+    """The columns about the input of prepared rows of this task."""
+    modality = MODALITIES[config.model.task]
+    return lambda rows: modality.described(rows, processor)
 
 
 def scored_table(
@@ -73,30 +68,28 @@ def scored_table(
         scores: every OOD score, each [N].
         origin: the model they come from.
     """
-    ids, tokens = prediction.sample_ids.tolist(), rows["input_ids"][:]
+    ids = prediction.sample_ids.tolist()
     columns = {
         "sample_id": pa.array(ids, pa.int64()),
         "batch_key": pa.array(batch_keys(ids, batches), pa.int64()),
-        "text": pa.array(rows["text"][:], pa.string()),
-        "num_tokens": pa.array([len(row) for row in tokens], pa.int64()),
-        "unknown_token_share": pa.array(_unknown_shares(tokens, origin.unknown_token)),
+        **origin.described(rows),
     }
     if isinstance(prediction, ClassPrediction):
         columns |= _class_columns(prediction, origin)
     else:
         columns |= _token_columns(prediction)
-        columns["input_ids"] = pa.array(tokens, pa.list_(pa.int32()))
     columns |= {name: pa.array(values, pa.float64()) for name, values in scores.items()}
     columns["embedding"] = _lists(prediction.features.numpy())
     return pa.table(columns)
 
 
-def scored_names(has_classes: bool) -> set[str]:
+def scored_names(task: str, has_classes: bool) -> set[str]:
     """Columns of scored rows, before there are any."""
+    described = MODALITIES[task].described_names
     columns = CLASS_COLUMNS if has_classes else TOKEN_COLUMNS
     sources = CLASS_SOURCES if has_classes else TOKEN_SOURCES
     scores = {name for name, score in SCORES.items() if sources & set(score.sources)}
-    return {*COLUMNS, *columns, *ENTROPIES, *scores}
+    return {*COLUMNS, *described, *columns, *ENTROPIES, *scores}
 
 
 def samples_of(split: str, scored: pa.Table) -> pa.Table:
@@ -186,12 +179,6 @@ def _token_columns(prediction: TokenPrediction) -> dict[str, Any]:
         "deterministic_perplexity": pa.array(prediction.plain.perplexity.numpy()),
         **{name: pa.array(getattr(passes, name).numpy()) for name in ENTROPIES},
     }
-
-
-def _unknown_shares(tokens: Sequence[Sequence[int]], unknown: int | None) -> list[float]:
-    if unknown is None:
-        return [0.0] * len(tokens)
-    return [list(row).count(unknown) / len(row) for row in tokens]
 
 
 def _lists(values: np.ndarray) -> pa.Array:

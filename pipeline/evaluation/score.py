@@ -26,17 +26,17 @@ from pipeline.evaluation.opening import open_predictor, processes, read_plan
 from pipeline.evaluation.predict import Predictor
 from pipeline.evaluation.samples import (
     Origin,
+    described_by,
     scored_names,
     scored_table,
     scoring_facts,
-    unknown_token,
     with_carried,
     with_metadata,
     write_table,
 )
-from pipeline.modality.bundle import LabelNames
+from pipeline.modality.bundle import MODALITIES, LabelNames
 from pipeline.records import RunFolder
-from pipeline.trained import model_version, trained_label_names, trained_tokenizer
+from pipeline.trained import model_version, trained_label_names, trained_processor
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -74,7 +74,7 @@ def score(
         _require_free_names(rows, config, label_names)
         require_usable(rows, config, label_names)
         scorer = _Scorer.of(run, config)
-        prepared = prepare_inputs(rows, config, scorer.tokenizer, scorer.label_names)
+        prepared = prepare_inputs(rows, config, scorer.processor, scorer.label_names)
         scorer.agree(prepared)
         if parallel.is_main():
             say(f"Scoring {len(prepared)} rows.")
@@ -136,7 +136,7 @@ class _Scorer:
 
     config: RunConfig
     plan: DropoutPlan
-    tokenizer: Any
+    processor: Any
     label_names: LabelNames
     fitted: Fitted
     predictor: Predictor
@@ -146,9 +146,9 @@ class _Scorer:
         plan = read_plan(run, config)
         agreement.agree(agreement.start_facts(config))
         fitted = read_fitted(run, model_version(run))
-        tokenizer = trained_tokenizer(run, config)
-        predictor = open_predictor(run, config, plan, tokenizer)
-        return cls(config, plan, tokenizer, trained_label_names(run), fitted, predictor)
+        processor = trained_processor(run, config)
+        predictor = open_predictor(run, config, plan, processor)
+        return cls(config, plan, processor, trained_label_names(run), fitted, predictor)
 
     def agree(self, prepared: "Dataset") -> None:
         """All processes see the same rows, and draw the same masks."""
@@ -167,7 +167,9 @@ class _Scorer:
         number = {place: index for index, place in enumerate(ran)}
         among_them = [[number[place] for place in batch] for batch in batches]
         scores = judge.scores_of(prediction, self.fitted.detectors, among_them)
-        origin = Origin(self.label_names, self.fitted.temperature, unknown_token(self.tokenizer))
+        origin = Origin(
+            self.label_names, self.fitted.temperature, described_by(self.config, self.processor)
+        )
         return scored_table(prediction, prepared.select(ran), among_them, scores, origin)
 
     def signed(self, scored: pa.Table, carried: pa.Table | None) -> pa.Table:
@@ -187,14 +189,16 @@ def _prepared_again(table: pa.Table, config: RunConfig, scorer: _Scorer) -> "Dat
 
     if "input_ids" in table.column_names:
         return Dataset.from_dict(table.select(["text", "sample_id", "input_ids"]).to_pydict())
-    names = {"text": config.data.text_column_name, "label": config.data.label_column_name}
-    kept = [name for name in ("text", "label", "sample_id") if name in table.column_names]
+    wanted = MODALITIES[config.model.task].inputs(config.data)
+    names = {key.removesuffix("_column_name"): column for key, column in wanted.items()}
+    names["label"] = config.data.label_column_name
+    kept = [name for name in (*names, "sample_id") if name in table.column_names]
     columns = {names.get(name, name): table[name].to_pylist() for name in kept}
     domain = config.data.domain_column_name
     if domain is not None and domain in table.column_names:
         columns[domain] = table[domain].to_pylist()
     rows = Dataset.from_dict(columns)
-    return prepare_inputs(rows, config, scorer.tokenizer, scorer.label_names)
+    return prepare_inputs(rows, config, scorer.processor, scorer.label_names)
 
 
 def _batches_again(
@@ -204,7 +208,7 @@ def _batches_again(
     if "batch_key" not in table.column_names:
         wanted = set(places)
         return [batch for batch in predictor.batches_of(prepared) if wanted & set(batch)]
-    lengths = [len(ids) for ids in prepared["input_ids"][:]]
+    lengths = predictor.lengths(prepared)
     return batches_again(prepared["sample_id"][:], lengths, table["batch_key"].to_pylist(), places)
 
 
@@ -219,7 +223,7 @@ def _require_output(output: Path, inputs: Sequence[Path]) -> None:
 
 
 def _require_free_names(rows: "Dataset", config: RunConfig, label_names: LabelNames) -> None:
-    taken = scored_names(label_names is not None)
+    taken = scored_names(config.model.task, label_names is not None)
     if double := [name for name in own_columns(rows, config) if name in taken]:
         raise DataError(
             f"The inputs have columns that scored rows have too: {', '.join(double)}. Rename "

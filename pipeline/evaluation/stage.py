@@ -28,10 +28,10 @@ from pipeline.evaluation.opening import open_predictor, processes, read_plan
 from pipeline.evaluation.predict import Clock, Predictor
 from pipeline.evaluation.samples import (
     Origin,
+    described_by,
     samples_of,
     scored_table,
     scoring_facts,
-    unknown_token,
     with_carried,
     with_metadata,
     write_table,
@@ -41,7 +41,7 @@ from pipeline.exhibits import Exhibit, Table
 from pipeline.modality.bundle import chosen
 from pipeline.records import RunFolder, read_jsonl, write_json
 from pipeline.tracking import open_tracker
-from pipeline.trained import model_version, require_same_labels, trained_tokenizer
+from pipeline.trained import model_version, require_same_labels, trained_processor
 
 Say = Callable[[str], None]
 Exhibits = Callable[[RunFolder], Mapping[str, Exhibit]]
@@ -88,7 +88,7 @@ def _evaluate(
         scores = _scores(opened, predictions, detectors)
         report = _report(config, opened.data, opened.predictor, clock, predictions, scores)
         fitted = Fitted(model_version(run), detectors, report["calibration"].get("temperature"))
-        scored = _scored(opened, predictions, scores, fitted)
+        scored = _scored(config, opened, predictions, scores, fitted)
         _write(run, report, scored, fitted)
         keep_profile(run, _reference(scored["test"], opened, config, plan, fitted))
         say(_track(run, config, report, exhibits(run)))
@@ -111,17 +111,17 @@ def _agree_on_masks(predictor: Predictor, data: PreparedData) -> None:
 class _Opened:
     raw: RawData
     data: PreparedData
-    tokenizer: Any
+    processor: Any
     predictor: Predictor
 
 
 def _open(run: RunFolder, config: RunConfig, plan: DropoutPlan) -> _Opened:
-    tokenizer = trained_tokenizer(run, config)
+    processor = trained_processor(run, config)
     with parallel.main_first():
         raw = load_raw(config)
-        data = prepare_data(config, raw, tokenizer)
+        data = prepare_data(config, raw, processor)
     require_same_labels(run, data)
-    return _Opened(raw, data, tokenizer, open_predictor(run, config, plan, tokenizer))
+    return _Opened(raw, data, processor, open_predictor(run, config, plan, processor))
 
 
 def _rows_to_fit(data: PreparedData, config: RunConfig) -> Any:
@@ -230,14 +230,15 @@ def versions() -> dict[str, str]:
 
 
 def _scored(
+    config: RunConfig,
     opened: _Opened,
     predictions: Mapping[str, judge.Prediction],
     scores: Mapping[str, judge.Scores],
     fitted: Fitted,
 ) -> dict[str, pa.Table]:
     """Scored rows of every split that is reported."""
-    unknown = unknown_token(opened.tokenizer)
-    origin = Origin(opened.data.label_names, fitted.temperature, unknown)
+    described = described_by(config, opened.processor)
+    origin = Origin(opened.data.label_names, fitted.temperature, described)
     return {
         split: scored_table(
             predictions[split], rows, opened.predictor.batches_of(rows), scores[split], origin

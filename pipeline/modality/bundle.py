@@ -8,8 +8,10 @@ from pipeline.config.schema import DataSource, RunConfig
 from pipeline.dropout.philox import permutation
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from datasets import Dataset
     from torch import Tensor
+    from transformers import PreTrainedConfig
 
 LabelNames = tuple[str, ...] | None
 
@@ -27,11 +29,18 @@ class Prepare(Protocol):
         rows: "Dataset",
         source: DataSource,
         config: RunConfig,
-        tokenizer: Any,
+        processor: Any,
         label_names: LabelNames,
+        /,
         *,
         max_samples: int | None = None,
     ) -> "Dataset": ...
+
+
+class LoadProcessor(Protocol):
+    """See `Modality.load_processor`."""
+
+    def __call__(self, config: RunConfig, rows: "Dataset | None" = None, /) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -48,10 +57,28 @@ class Modality:
     """Whether a raw row is a sample (else only preparing tells how many samples there are)."""
     needs_labels: bool
     """Whether training, validation and test rows carry a label column."""
+    inputs: Callable[[DataSource], dict[str, str]]
+    """The columns that rows must have beside the label, by the configuration's name for each."""
     label_names: Callable[["Dataset", DataSource], LabelNames]
     """Names of the classes, from the training rows; None for tasks without."""
     problems: Callable[["Dataset", DataSource, LabelNames], Iterator[str]]
     """A sentence for each thing wrong in rows with the needed columns; labels only with names."""
+    load_processor: LoadProcessor
+    """What makes model inputs of rows: the model's own tokenizer, image processor or feature
+    extractor, or one made from the training rows; without rows, one that is named."""
+    fit: Callable[["PreTrainedConfig", Any, RunConfig], None]
+    """Give a model's configuration what follows from the processor; refuse one unfit for it."""
+    example: Callable[["PreTrainedConfig", int, int, str], dict[str, "Tensor"]]
+    """Inputs of a forward pass to trace: batch size, length (or side), device."""
+    lengths: Callable[["Dataset"], list[int]]
+    """How long each prepared sample is: those of like length share batches."""
+    judge: Callable[[Mapping[str, Any]], Any] | None
+    """Refuses a prepared sample that cannot be used, by `BadSample`; None where none is broken."""
+    described: Callable[["Dataset", Any], dict[str, "pa.Array"]]
+    """From prepared samples and the processor: what scored rows say of their input, `text` among
+    it, and what it takes to make it again (`image`, `input_ids`)."""
+    described_names: tuple[str, ...]
+    """The columns that `described` gives."""
     prepare: Prepare
     """Adds model inputs and `sample_id`, the sample's number in its whole split, and keeps `text`.
 
@@ -67,7 +94,7 @@ class Modality:
     eval_metrics: Callable[[Mapping[str, "Tensor"]], dict[str, float]]
     """From the added sums: one number for each of `metric_names`."""
     notes: Callable[[Any], list[str]]
-    """From the tokenizer: what the user should know about how rows are prepared."""
+    """From the processor: what the user should know about how rows are prepared."""
 
 
 MODALITIES: dict[str, Modality] = {}

@@ -14,13 +14,16 @@ from pipeline.errors import ModelError
 from pipeline.modality import losses
 from pipeline.modality.bundle import LabelNames, Modality, chosen, register
 from pipeline.modality.labels import label_names_of, label_numbers, label_problems, row_list
+from pipeline.modality.tokenizer import fit_to_tokenizer, load_tokenizer, token_example
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from datasets import Dataset
 
 PAD_MULTIPLE = 8  # widths that tensor cores and vector units like
 IN_MEMORY_BYTES = 2**30
 PADDING = -1  # in packed rows, the sample_id of what belongs to no document
+TEXT_COLUMNS = ("text", "num_tokens", "unknown_token_share")
 SCALARS = ("labels", "sample_id", "domain", "mask_step")  # one number a row
 
 
@@ -274,6 +277,56 @@ def generation_notes(tokenizer: Any) -> list[str]:
     return notes
 
 
+def _text_column(source: DataSource) -> dict[str, str]:
+    return {"text_column_name": source.text_column_name}
+
+
+def tokenizer_of_rows(config: RunConfig, rows: "Dataset | None" = None) -> Any:
+    """The model's tokenizer, or one trained on the text of these rows."""
+    return load_tokenizer(config, [] if rows is None else rows[config.data.text_column_name])
+
+
+def unknown_token(tokenizer: Any) -> int | None:
+    """The token that stands for what the vocabulary lacks.
+
+    Byte-level tokenizers lack nothing; some of them call their end token so.
+    """
+    found: int | None = tokenizer.unk_token_id
+    ends = (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id)
+    return None if found in ends else found
+
+
+def _unknown_shares(tokens: list[list[int]], unknown: int | None) -> list[float]:
+    if unknown is None:
+        return [0.0] * len(tokens)
+    return [list(row).count(unknown) / len(row) for row in tokens]
+
+
+def described_text(rows: "Dataset", tokenizer: Any) -> "dict[str, pa.Array]":
+    """`text`, `num_tokens`, `unknown_token_share`."""
+    import pyarrow as pa
+
+    tokens = rows["input_ids"][:]
+    return {
+        "text": pa.array(rows["text"][:], pa.string()),
+        "num_tokens": pa.array([len(row) for row in tokens], pa.int64()),
+        "unknown_token_share": pa.array(_unknown_shares(tokens, unknown_token(tokenizer))),
+    }
+
+
+def described_blocks(rows: "Dataset", tokenizer: Any) -> "dict[str, pa.Array]":
+    """The same, and `input_ids`: a block cannot be made again of its text alone."""
+    import pyarrow as pa
+
+    tokens = pa.array(rows["input_ids"][:], pa.list_(pa.int32()))
+    return described_text(rows, tokenizer) | {"input_ids": tokens}
+
+
+def token_lengths(rows: "Dataset") -> list[int]:
+    """Tokens of each sample."""
+    return [len(ids) for ids in rows["input_ids"][:]]
+
+
 TEXT_CLASSIFICATION = register(
     Modality(
         task="text-classification",
@@ -281,6 +334,14 @@ TEXT_CLASSIFICATION = register(
         metric_names=("loss", "accuracy", "ece"),
         one_sample_a_row=True,
         needs_labels=True,
+        inputs=_text_column,
+        load_processor=tokenizer_of_rows,
+        fit=fit_to_tokenizer,
+        example=token_example,
+        lengths=token_lengths,
+        judge=None,
+        described=described_text,
+        described_names=TEXT_COLUMNS,
         label_names=lambda rows, source: label_names_of(rows, source.label_column_name),
         problems=classification_problems,
         prepare=prepare_classification,
@@ -299,6 +360,14 @@ TEXT_GENERATION = register(
         metric_names=("loss", "perplexity", "accuracy"),
         one_sample_a_row=False,
         needs_labels=False,
+        inputs=_text_column,
+        load_processor=tokenizer_of_rows,
+        fit=fit_to_tokenizer,
+        example=token_example,
+        lengths=token_lengths,
+        judge=None,
+        described=described_blocks,
+        described_names=(*TEXT_COLUMNS, "input_ids"),
         label_names=lambda rows, source: None,
         problems=generation_problems,
         prepare=prepare_blocks,

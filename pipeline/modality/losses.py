@@ -68,9 +68,30 @@ def classification_loss(label_smoothing: float) -> LossFunction:
         outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         logits = logits_of(outputs)
-        return _per_item(logits, labels.to(logits.device), label_smoothing, num_items_in_batch)
+        labels = labels.to(logits.device)
+        if labels.dim() == 2:
+            return _of_pairs(logits, labels, label_smoothing, num_items_in_batch)
+        return _per_item(logits, labels, label_smoothing, num_items_in_batch)
 
     return loss
+
+
+def _of_pairs(
+    logits: Tensor, labels_B3: Tensor, smoothing: float, items: Tensor | int | None
+) -> Tensor:
+    """Mixed samples: the cross entropies of both classes, weighed by the own share.
+
+    The Trainer counts three labels a sample: own class, partner's class, share.
+    """
+    own, other, share = labels_B3.unbind(1)
+    per_row = [
+        torch.nn.functional.cross_entropy(
+            logits.float(), classes.long(), reduction="none", label_smoothing=smoothing
+        )
+        for classes in (own, other)
+    ]
+    total = (share * per_row[0] + (1 - share) * per_row[1]).sum()
+    return total / (len(labels_B3) if items is None else items / labels_B3.shape[1])
 
 
 def causal_loss(label_smoothing: float) -> LossFunction:

@@ -56,8 +56,8 @@ def pretrained(run_config, tmp_path) -> Path:
     """The folder of a small BERT without head, with its tokenizer."""
     from transformers import AutoModel
 
-    from pipeline.model_config import fit_to_tokenizer, model_config
-    from pipeline.tokenizer import load_tokenizer
+    from pipeline.modality.tokenizer import fit_to_tokenizer, load_tokenizer
+    from pipeline.model_config import model_config
 
     config = run_config()
     tokenizer = load_tokenizer(config, ["the red cow"] * 3)

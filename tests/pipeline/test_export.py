@@ -7,9 +7,9 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from pipeline.config.load import dump_config
 from pipeline.errors import RunFolderError
 from pipeline.export import export
+from pipeline.modality.tokenizer import load_tokenizer
 from pipeline.model import build_model, load_trained, plan_for
 from pipeline.records import RunFolder, write_json, write_text
-from pipeline.tokenizer import load_tokenizer
 
 LABELS = ("animal", "colour")
 LORA = {"peft_type": "LORA", "r": 2, "target_modules": ["query", "value"], "lora_alpha": 16}

@@ -14,10 +14,10 @@ from pipeline.dropout.context import KeyedDropout
 from pipeline.dropout.key import row_id
 from pipeline.errors import DropoutError
 from pipeline.modality.losses import causal_loss, classification_loss
+from pipeline.modality.tokenizer import load_tokenizer
 from pipeline.model import build_model, load_trained, plan_for
 from pipeline.objective import Objective
 from pipeline.records import RunFolder, read_jsonl
-from pipeline.tokenizer import load_tokenizer
 from pipeline.train import train
 
 R_DROP = TrainConfig(r_drop_alpha=0.7)

@@ -15,10 +15,10 @@ from pipeline.config.load import dump_config
 from pipeline.errors import InputError, LayoutError, ModelError
 from pipeline.evaluation.stage import evaluate
 from pipeline.export import export
+from pipeline.modality.tokenizer import fit_to_tokenizer, load_tokenizer
 from pipeline.model import build_model, load_trained, plan_for
-from pipeline.model_config import fit_to_tokenizer, model_config
+from pipeline.model_config import model_config
 from pipeline.records import RunFolder
-from pipeline.tokenizer import load_tokenizer
 from pipeline.train import train
 from pipeline.verify import stage, worker
 from pipeline.verify.compare import compare

@@ -5,8 +5,8 @@ import time
 import pytest
 
 from pipeline.errors import ModelError
-from pipeline.model_config import fit_to_tokenizer, model_config
-from pipeline.tokenizer import load_tokenizer
+from pipeline.modality.tokenizer import fit_to_tokenizer, load_tokenizer
+from pipeline.model_config import model_config
 
 TEXTS = ["a cat sat on the mat", "the cat sat", "über die Straße"] * 5
 

@@ -22,9 +22,9 @@ from pipeline.data import load_raw, prepare_data
 from pipeline.dropout.philox import permutation
 from pipeline.errors import CheckpointError, ConfigError, NonFiniteLossError, RunFolderError
 from pipeline.modality import MODALITIES
+from pipeline.modality.tokenizer import load_tokenizer
 from pipeline.model import build_model, plan_for
 from pipeline.records import RunFolder, read_jsonl
-from pipeline.tokenizer import load_tokenizer
 from pipeline.train import train
 
 BERT = {

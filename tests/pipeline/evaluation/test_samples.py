@@ -12,8 +12,9 @@ from datasets import Dataset
 from pipeline.errors import DataError
 from pipeline.evaluation.batches import batch_keys, batches_again, by_length
 from pipeline.evaluation.predict import ClassPrediction
-from pipeline.evaluation.samples import Origin, samples_of, scored_table, unknown_token
+from pipeline.evaluation.samples import Origin, samples_of, scored_table
 from pipeline.evaluation.uncertainty import MonteCarloSums
+from pipeline.modality.language import described_text, unknown_token
 
 LENGTHS, IDS = [3, 9, 5, 5, 7], [40, 10, 30, 50, 20]
 
@@ -36,7 +37,8 @@ def table():
     rows = Dataset.from_dict(
         {"text": ["a" * 600, "b", "c"], "input_ids": [[2, 5, 1, 1], [2, 5], [2]]}
     )
-    origin = Origin(("cat", "dog"), 2.0, 1)
+    tokenizer = SimpleNamespace(unk_token_id=1, eos_token_id=2, bos_token_id=None, pad_token_id=0)
+    origin = Origin(("cat", "dog"), 2.0, lambda rows: described_text(rows, tokenizer))
     return scored_table(prediction, rows, [[0, 1], [2]], {"energy": np.zeros(3)}, origin)
 
 

@@ -21,9 +21,9 @@ from pipeline.errors import ConfigError, DataError, RunFolderError
 from pipeline.evaluation import stage
 from pipeline.evaluation.stage import evaluate
 from pipeline.exhibits import Picture, Table
+from pipeline.modality.tokenizer import load_tokenizer
 from pipeline.model import load_trained, plan_for
 from pipeline.records import RunFolder, read_jsonl
-from pipeline.tokenizer import load_tokenizer
 from pipeline.trained import model_version
 
 CLASSES = "text-classification"

@@ -7,7 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.corpora import BUILTIN, HELD_OUT, PACKAGES, collect, functions_of, python_stdlib
+from pipeline.corpora.python_stdlib import (
+    HELD_OUT,
+    PACKAGES,
+    collect,
+    functions_of,
+    python_stdlib,
+)
 
 
 @pytest.fixture(scope="module")
@@ -48,10 +54,6 @@ def test_reading_again_gives_the_same_rows_in_an_order_of_their_own():
     assert rows == collect.__wrapped__(("argparse", "typing"), library)
     assert set(rows) == set(collect.__wrapped__(("typing", "argparse"), library))
     assert len({row.package for row in rows[:20]}) == 2
-
-
-def test_the_name_of_the_corpus_is_known():
-    assert BUILTIN == {"builtin:python-stdlib": python_stdlib}
 
 
 def test_a_module_gives_its_methods_with_decorators_but_not_nested_functions(tmp_path):

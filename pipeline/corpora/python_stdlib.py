@@ -1,4 +1,4 @@
-"""Corpora that every machine carries: today the functions of Python's own standard library.
+"""The functions of Python's own standard library, as a corpus.
 
 Read from the running interpreter's library folder, source files only; nothing is imported,
 downloaded or kept. Rows differ a little from one version of Python to the next.
@@ -91,9 +91,6 @@ def python_stdlib(library: Path | None = None) -> "DatasetDict":
         test=_dataset(known[:first]),
         ood=_dataset([row for row in rows if row.package in HELD_OUT]),
     )
-
-
-BUILTIN: dict[str, Callable[[], "DatasetDict"]] = {"builtin:python-stdlib": python_stdlib}
 
 
 def _parse(source: str) -> ast.Module:
