@@ -33,13 +33,14 @@ EXCERPT_CHARACTERS = 500
 COLUMNS = (
     *("sample_id", "batch_key", "text", "num_tokens", "unknown_token_share", "embedding"),
     *("image", "width", "height", "brightness"),
+    *("audio", "seconds", "rms_db"),
 )
 CLASS_COLUMNS = (
     *("label", "prediction", "correct", "label_log_probability", "disagreement"),
     *("confidence", "deterministic_confidence", "calibrated_confidence"),
 )
 TOKEN_COLUMNS = ("input_ids", "log_probability", "perplexity", "deterministic_perplexity")
-_NOT_IN_SAMPLES = ("batch_key", "input_ids", "image", "embedding")
+_NOT_IN_SAMPLES = ("batch_key", "input_ids", "image", "audio", "embedding")
 _TINY = np.finfo(np.float64).tiny  # stands for a probability of exactly 0: log = -708.4
 
 

@@ -65,11 +65,11 @@ class Modality:
     """Inputs of a forward pass to trace: batch size, length (or side), device."""
     lengths: Callable[["Dataset"], list[int]]
     """How long each prepared sample is: those of like length share batches."""
-    judge: Callable[[Mapping[str, Any]], Any] | None
+    judge: Callable[[Mapping[str, Any], RunConfig], Any] | None
     """Refuses a prepared sample that cannot be used, by `BadSample`; None where none is broken."""
     described: Callable[["Dataset", Any], dict[str, "pa.Array"]]
     """From prepared samples and the processor: what scored rows say of their input, `text` among
-    it, and what it takes to make it again (`image`, `input_ids`)."""
+    it, and what it takes to make it again (`image`, `audio`, `input_ids`)."""
     prepare: Prepare
     """Adds model inputs and `sample_id`, the sample's number in its whole split, and keeps `text`.
 
