@@ -120,8 +120,10 @@ def _frames(module: Any, waves: Tensor | None, attention_mask: Tensor | None) ->
     """What the convolutions of a speech model leave of a padded batch; None without padding."""
     if waves is None or attention_mask is None:
         return None
-    length = int(module._get_feat_extract_output_lengths(waves.shape[1]))
-    mask = getattr(module, _FRAMES)(length, attention_mask, add_adapter=False)
+    make_mask = getattr(module, _FRAMES)
+    options = {"add_adapter": False} if "add_adapter" in _parameters(make_mask) else {}
+    length = int(module._get_feat_extract_output_lengths(waves.shape[1], **options))
+    mask = make_mask(length, attention_mask, **options)
     return StackInputs(length=length, attention_mask=mask)
 
 
