@@ -3,7 +3,6 @@
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -124,7 +123,7 @@ def _usable(quarantine: Quarantine, name: str, rows: "Dataset", config: RunConfi
     judge = MODALITIES[config.model.task].judge
     if judge is None:
         return rows
-    places = quarantine.usable(name, rows, partial(judge, config=config))
+    places = quarantine.usable(name, rows, lambda sample: judge(sample, config))
     return rows if len(places) == len(rows) else rows.select(places)
 
 

@@ -3,7 +3,6 @@
 import tempfile
 from collections import Counter
 from collections.abc import Collection, Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -86,8 +85,9 @@ def prepare_inputs(
         prepared = prepared.add_column("labels", labels)
     if SAMPLE_ID in rows.column_names:
         prepared = prepared.remove_columns(SAMPLE_ID).add_column(SAMPLE_ID, rows[SAMPLE_ID][:])
-    if modality.judge is not None:
-        Quarantine(0.0).usable("inputs", prepared, partial(modality.judge, config=config))
+    judge = modality.judge
+    if judge is not None:
+        Quarantine(0.0).usable("inputs", prepared, lambda sample: judge(sample, config))
     if not len(prepared):
         raise DataError("The inputs make not one sample: the model predicts nothing of them.")
     return prepared

@@ -138,6 +138,7 @@ def _from_scratch(config: RunConfig) -> Any:
     from transformers import AutoConfig
 
     model, rate = config.model, config.model.sampling_rate or SAMPLING_RATE
+    assert model.model_type is not None
     hf_config = AutoConfig.for_model(model.model_type, **model.config_overrides)
     name, *shape = _features_of(hf_config)
     if not shape:

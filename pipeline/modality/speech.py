@@ -108,7 +108,7 @@ def described_clips(rows: "Dataset", processor: Any) -> "dict[str, pa.Array]":
     """`audio`, the file, for a replay; `text`; what may drift: length and loudness."""
     import pyarrow as pa
 
-    files = rows[AUDIO][:]
+    files: Any = rows[AUDIO][:]
     clips = [decode_audio(file, processor.sampling_rate) for file in files]
     return {
         "text": pa.array(rows["text"][:], pa.string()),
