@@ -119,7 +119,8 @@ def carried_columns(
 
 def own_columns(rows: "Dataset", config: RunConfig) -> list[str]:
     """Columns that are neither input nor label nor the number of the row."""
-    inputs = MODALITIES[config.model.task].inputs(config.data).values()
+    modality, source = MODALITIES[config.model.task], config.data
+    inputs = (*modality.inputs(source).values(), *modality.optional_inputs(source))
     ours = {*inputs, config.data.label_column_name, SAMPLE_ID}
     return [name for name in rows.column_names if name not in ours]
 

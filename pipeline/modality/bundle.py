@@ -70,6 +70,8 @@ class Modality:
     described: Callable[["Dataset", Any], dict[str, "pa.Array"]]
     """From prepared samples and the processor: what scored rows say of their input, `text` among
     it, and what it takes to make it again (`image`, `audio`, `input_ids`)."""
+    described_names: tuple[str, ...]
+    """The columns that `described` gives."""
     prepare: Prepare
     """Adds model inputs and `sample_id`, the sample's number in its whole split, and keeps `text`.
 
@@ -86,6 +88,8 @@ class Modality:
     """From the added sums: one number for each of `metric_names`."""
     notes: Callable[[Any], list[str]]
     """From the processor: what the user should know about how rows are prepared."""
+    optional_inputs: Callable[[DataSource], tuple[str, ...]] = lambda source: ()
+    """Columns that are read where rows have them, such as transcripts."""
 
 
 MODALITIES: dict[str, Modality] = {}
