@@ -20,7 +20,7 @@ from pipeline.modality.audio_processor import (
 )
 from pipeline.modality.bundle import LabelNames, Modality, chosen, register
 from pipeline.modality.labels import label_names_of, label_numbers, label_problems
-from pipeline.modality.sounds import SILENCE, Waveform, decode_audio, duration
+from pipeline.modality.sounds import Waveform, decode_audio, duration
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -119,8 +119,8 @@ def described_clips(rows: "Dataset", processor: Any) -> "dict[str, pa.Array]":
 
 
 def _rms_db(clip: Waveform) -> float:
-    """Root of the mean square, in decibels of full scale."""
-    return float(10 * np.log10(max(np.mean(np.square(clip, dtype=np.float64)), SILENCE**4)))
+    """Root of the mean square, in decibels of full scale; no clip that was judged is silent."""
+    return float(10 * np.log10(np.mean(np.square(clip, dtype=np.float64))))
 
 
 def _said(rows: "Dataset", clips: "Dataset", source: DataSource) -> list[str]:
