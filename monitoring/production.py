@@ -48,19 +48,20 @@ class Production:
 
 
 def load_production(folder: RunFolder) -> Production | None:
-    """The latest windows and all alerts; None before the first window."""
+    """The latest windows and alerts, those that repeat others left out; None before the first."""
     path = folder.monitoring / "history.sqlite"
     if not path.is_file():
         return None
     with History(path) as history:
-        windows, alerts = history.windows(NUM_WINDOWS), history.alerts()
+        windows = history.windows(NUM_WINDOWS)
+        alerts = history.alerts(limit=NUM_ALERTS, with_repeats=False)
     if not windows:
         return None
     means = {}
     if folder.profile.is_dir():
         numbers = read_profile(folder).numbers
         means = {name: summary.mean for name, summary in numbers.items() if summary.count}
-    kept = _kept_windows(folder, alerts[-NUM_ALERTS:])
+    kept = _kept_windows(folder, alerts)
     return Production(windows, alerts, means, kept, best_ood_score(folder))
 
 
@@ -102,9 +103,8 @@ def content_of(production: Production) -> dict[str, Any]:
         "state": _state(windows, alerts),
         "alerts": [
             _alert(alert, production.kept.get(str(alert.window.get("kept"))))
-            for alert in reversed(alerts[-NUM_ALERTS:])
+            for alert in reversed(alerts)
         ],
-        "num_alerts": len(alerts),
         "timeline": shown(figures.timeline(windows, alerts)),
         "charts": shown(_charts(production)),
         "grid": _grid(windows[-NUM_GRID_WINDOWS:]),

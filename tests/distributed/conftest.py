@@ -82,6 +82,13 @@ class Folder:
         command = [sys.executable, "-m", "pipeline", "train", "run.yaml", f"name={name}", *words]
         return self.execute([*command, *(options if engine else [])])
 
+    def verify_sync(self, layouts, *words):
+        """Of every layout, its state and in what it differs."""
+        command = [sys.executable, "-m", "pipeline", "verify-sync", "run.yaml", *words]
+        ended = self.execute([*command, "--layouts", layouts, "--json"])
+        found, _ = json.JSONDecoder().raw_decode(ended.text, ended.text.index('{\n  "layouts"'))
+        return [(each["layout"], each["state"], each["differences"]) for each in found["layouts"]]
+
     def under_torchrun(self, script, *words):
         """A script of its own as two processes."""
         (self.path / "script.py").write_text(script)
