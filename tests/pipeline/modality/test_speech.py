@@ -15,6 +15,7 @@ from pipeline.errors import DataError, ModelError
 from pipeline.modality import MODALITIES
 from pipeline.model import build_model, plan_for
 from pipeline.model_config import model_config
+from pipeline.verify.probe import Probe
 
 pytestmark = pytest.mark.filterwarnings("ignore:Support for mismatched:UserWarning")  # WavLM
 TASK = MODALITIES["audio-classification"]
@@ -145,11 +146,13 @@ def test_scored_rows_say_what_was_heard(make_config):
 
 
 def trained_by_hand(config, groups: list[list[dict]]):
-    """Logits and accumulated gradients of one step, in micro-batches."""
+    """Logits, accumulated gradients and masks of one step, in micro-batches."""
     names = load_raw(config).label_names
     plan = plan_for(config, names, TASK.load_processor(config))
     model = build_model(config, names, plan, TASK.load_processor(config)).double().train()
     keyed, logits, num_items = KeyedDropout(model, plan, config.seed), [], sum(map(len, groups))
+    probe = Probe()
+    keyed.observer = probe.observe
     for rows in groups:
         batch = collated(config, rows)
         labels, ids = batch.pop("labels"), batch.pop("sample_id")
@@ -160,7 +163,7 @@ def trained_by_hand(config, groups: list[list[dict]]):
             TASK.loss(0.0)(outputs, labels, torch.tensor(num_items)).backward()
         assert torch.equal(batch["input_values"], before)
         logits.append(outputs.logits.detach())
-    return torch.cat(logits), {n: p.grad for n, p in model.named_parameters()}
+    return torch.cat(logits), {n: p.grad for n, p in model.named_parameters()}, probe.masks
 
 
 @pytest.mark.parametrize("model_type", ["wav2vec2", "hubert", "wavlm"])
@@ -168,10 +171,11 @@ def test_sixteen_clips_at_once_are_sixteen_alone_and_four_times_four(make_config
     config = make_config(model_type, audio=VARIED)
     rows = training_rows(config)
     assert len({len(collated(config, [row])["input_values"][0]) for row in rows}) > 8
-    logits, gradients = trained_by_hand(config, [rows])
+    logits, gradients, masks = trained_by_hand(config, [rows])
     for size in (1, 4):
         parts = [rows[first : first + size] for first in range(0, 16, size)]
-        other_logits, other_gradients = trained_by_hand(config, parts)
+        other_logits, other_gradients, other_masks = trained_by_hand(config, parts)
+        assert other_masks == masks
         assert torch.allclose(other_logits, logits, atol=1e-9)
         for name, gradient in gradients.items():
             assert (gradient is None) == (other_gradients[name] is None), name
