@@ -87,12 +87,18 @@ def blueprint_of(config: RunConfig, hf_config: PreTrainedConfig) -> Blueprint:
         build=build,
         example=example,
         defaults=fields,
-        body_prefix=getattr(skeleton, "base_model_prefix", ""),
+        body_prefix=_body_name(skeleton),
         has_classification_head=modality.needs_labels,
         insertable=_insertable,
         attention_refusal=_attention_refusal(config.model.attn_implementation),
         build_keyed=build_keyed if config.model.attn_implementation in (None, KEYED) else None,
     )
+
+
+def _body_name(skeleton: nn.Module) -> str:
+    """Of the part below the head; in Whisper's classifier that is the encoder alone."""
+    prefix: str = getattr(skeleton, "base_model_prefix", "")
+    return "encoder" if not hasattr(skeleton, prefix) and hasattr(skeleton, "encoder") else prefix
 
 
 def _attention_refusal(implementation: str | None) -> str:

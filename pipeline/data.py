@@ -103,8 +103,8 @@ def prepare_data(config: RunConfig, raw: RawData, processor: Any) -> PreparedDat
         "test": prepare(raw.test, data, names, limit),
     }
     ood = {name: prepare(rows, data.ood[name], None, limit) for name, rows in raw.ood.items()}
-    parts = {name: _usable(quarantine, name, part, modality) for name, part in parts.items()}
-    ood = {n: _usable(quarantine, f"ood.{n}", part, modality) for n, part in ood.items()}
+    parts = {name: _usable(quarantine, name, part, config) for name, part in parts.items()}
+    ood = {n: _usable(quarantine, f"ood.{n}", part, config) for n, part in ood.items()}
     every = parts | {f"ood.{name}": part for name, part in ood.items()}
     empty = [f"{name}: there is not one sample" for name, part in every.items() if not len(part)]
     _raise_if_any(empty + _too_few(len(parts["train"]), config.train.global_batch_size))
@@ -118,11 +118,12 @@ def prepare_data(config: RunConfig, raw: RawData, processor: Any) -> PreparedDat
     )
 
 
-def _usable(quarantine: Quarantine, name: str, rows: "Dataset", modality: Modality) -> "Dataset":
+def _usable(quarantine: Quarantine, name: str, rows: "Dataset", config: RunConfig) -> "Dataset":
     """Rows that the modality can use, all of them looked at once."""
-    if modality.judge is None:
+    judge = MODALITIES[config.model.task].judge
+    if judge is None:
         return rows
-    places = quarantine.usable(name, rows, modality.judge)
+    places = quarantine.usable(name, rows, lambda sample: judge(sample, config))
     return rows if len(places) == len(rows) else rows.select(places)
 
 
@@ -131,7 +132,7 @@ def fingerprint_of(parts: Mapping[str, "Dataset"]) -> str:
     whole = hashlib.sha256()
     for name, rows in parts.items():
         whole.update(f"{name}\0{len(rows)}\0".encode())
-        for column in ("sample_id", "input_ids", "labels", "domain", "image"):
+        for column in ("sample_id", "input_ids", "labels", "domain", "image", "audio"):
             if column in rows.column_names:
                 whole.update(column.encode() + _digest(rows, column))
     return whole.hexdigest()

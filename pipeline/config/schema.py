@@ -13,7 +13,9 @@ from pipeline.config.roles import PositiveInt, Rate, RoleDropout, Section
 
 NonNegativeInt = Annotated[int, Field(ge=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0.0)]
-Task = Literal["text-classification", "text-generation", "image-classification"]
+Task = Literal[
+    "text-classification", "text-generation", "image-classification", "audio-classification"
+]
 
 
 class ModelConfig(Section):
@@ -35,6 +37,8 @@ class ModelConfig(Section):
     """Defaults to the model's. Without either, a byte-level BPE is trained on the training text."""
     processor_name_or_path: str | None = None
     """Image processor or feature extractor; defaults to the model's. A model from scratch gets one of its size."""
+    sampling_rate: PositiveInt | None = None
+    """Of audio, in Hz, for a model from scratch (default 16,000); others have their extractor's."""
     tokenizer_vocab_size: PositiveInt = 4096
     """Vocabulary size of a tokenizer trained here."""
     trust_remote_code: bool = False
@@ -51,6 +55,11 @@ class ModelConfig(Section):
         if (self.model_name_or_path is None) == (self.model_type is None):
             raise ValueError(
                 "give exactly one of model_name_or_path (pretrained) and model_type (from scratch)"
+            )
+        named = self.processor_name_or_path or self.model_name_or_path
+        if self.sampling_rate is not None and named is not None:
+            raise ValueError(
+                f"sampling_rate has no effect: the feature extractor of {named} has its own"
             )
         return self
 
@@ -74,6 +83,8 @@ class DataSource(Section):
     """Column with the text."""
     image_column_name: str = "image"
     """Column with the image: encoded bytes, a path, or a data set's Image feature."""
+    audio_column_name: str = "audio"
+    """Column with the audio: encoded bytes, a path, or a data set's Audio feature."""
     label_column_name: str = "label"
     """Column with the label (classification)."""
 
@@ -99,6 +110,10 @@ class DataConfig(DataSource):
     """Column with the name of each row's domain, for `dropout.domains`."""
     augmentation: Augmentation = Augmentation()
     """How training samples of images and audio are varied; the variation follows from step and sample."""
+    min_seconds: NonNegativeFloat = 0.1
+    """Shorter clips of audio are set aside."""
+    max_seconds: Annotated[float, Field(gt=0)] = 30.0
+    """Longer clips of audio are set aside."""
     quarantine_budget: Rate = 0.01
     """Largest share of a split's images or clips that may be broken; they are set aside, and listed in quarantine.jsonl."""
     ood: dict[str, DataSource] = {}

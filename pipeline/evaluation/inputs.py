@@ -85,8 +85,9 @@ def prepare_inputs(
         prepared = prepared.add_column("labels", labels)
     if SAMPLE_ID in rows.column_names:
         prepared = prepared.remove_columns(SAMPLE_ID).add_column(SAMPLE_ID, rows[SAMPLE_ID][:])
-    if modality.judge is not None:
-        Quarantine(0.0).usable("inputs", prepared, modality.judge)
+    judge = modality.judge
+    if judge is not None:
+        Quarantine(0.0).usable("inputs", prepared, lambda sample: judge(sample, config))
     if not len(prepared):
         raise DataError("The inputs make not one sample: the model predicts nothing of them.")
     return prepared
@@ -118,7 +119,8 @@ def carried_columns(
 
 def own_columns(rows: "Dataset", config: RunConfig) -> list[str]:
     """Columns that are neither input nor label nor the number of the row."""
-    inputs = MODALITIES[config.model.task].inputs(config.data).values()
+    modality, source = MODALITIES[config.model.task], config.data
+    inputs = (*modality.inputs(source).values(), *modality.optional_inputs(source))
     ours = {*inputs, config.data.label_column_name, SAMPLE_ID}
     return [name for name in rows.column_names if name not in ours]
 

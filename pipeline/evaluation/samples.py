@@ -36,7 +36,7 @@ CLASS_COLUMNS = (
     *("confidence", "deterministic_confidence", "calibrated_confidence"),
 )
 TOKEN_COLUMNS = ("log_probability", "perplexity", "deterministic_perplexity")
-_NOT_IN_SAMPLES = ("batch_key", "input_ids", "image", "embedding")
+_NOT_IN_SAMPLES = ("batch_key", "input_ids", "image", "audio", "embedding")
 _TINY = np.finfo(np.float64).tiny  # stands for a probability of exactly 0: log = -708.4
 
 

@@ -191,7 +191,7 @@ def _prepared_again(table: pa.Table, config: RunConfig, scorer: _Scorer) -> "Dat
         return Dataset.from_dict(table.select(["text", "sample_id", "input_ids"]).to_pydict())
     wanted = MODALITIES[config.model.task].inputs(config.data)
     names = {key.removesuffix("_column_name"): column for key, column in wanted.items()}
-    names["label"] = config.data.label_column_name
+    names |= {"label": config.data.label_column_name, "text": config.data.text_column_name}
     kept = [name for name in (*names, "sample_id") if name in table.column_names]
     columns = {names.get(name, name): table[name].to_pylist() for name in kept}
     domain = config.data.domain_column_name

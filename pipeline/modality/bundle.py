@@ -72,11 +72,11 @@ class Modality:
     """Inputs of a forward pass to trace: batch size, length (or side), device."""
     lengths: Callable[["Dataset"], list[int]]
     """How long each prepared sample is: those of like length share batches."""
-    judge: Callable[[Mapping[str, Any]], Any] | None
+    judge: Callable[[Mapping[str, Any], RunConfig], Any] | None
     """Refuses a prepared sample that cannot be used, by `BadSample`; None where none is broken."""
     described: Callable[["Dataset", Any], dict[str, "pa.Array"]]
     """From prepared samples and the processor: what scored rows say of their input, `text` among
-    it, and what it takes to make it again (`image`, `input_ids`)."""
+    it, and what it takes to make it again (`image`, `audio`, `input_ids`)."""
     described_names: tuple[str, ...]
     """The columns that `described` gives."""
     prepare: Prepare
@@ -95,6 +95,8 @@ class Modality:
     """From the added sums: one number for each of `metric_names`."""
     notes: Callable[[Any], list[str]]
     """From the processor: what the user should know about how rows are prepared."""
+    optional_inputs: Callable[[DataSource], tuple[str, ...]] = lambda source: ()
+    """Columns that are read where rows have them, such as transcripts."""
 
 
 MODALITIES: dict[str, Modality] = {}

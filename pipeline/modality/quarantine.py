@@ -49,7 +49,7 @@ class Quarantine:
         Args:
             split: whose they are.
             samples: prepared, with their `sample_id`.
-            judge: the modality's.
+            judge: the modality's, for this run.
 
         Raises:
             DataError: more than the budget are refused, with the reasons and examples.

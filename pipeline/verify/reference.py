@@ -3,6 +3,7 @@
 No Trainer, no accelerate, no collator's padding, no loss function of ours.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -16,11 +17,13 @@ from pipeline.dropout.concrete import PARAMETER, learned_rates_of
 from pipeline.dropout.context import KeyedDropout
 from pipeline.dropout.key import row_id
 from pipeline.dropout.schedules import NO_DOMAIN
+from pipeline.modality import MODALITIES
 from pipeline.packing import documents_of
 from pipeline.train import Parts
 from pipeline.verify.compare import Record
 from pipeline.verify.probe import Probe
 
+INPUTS = "inputs"
 NO_DECAY = ["bias", "layernorm", "rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
 
 
@@ -39,10 +42,11 @@ def run_by_hand(parts: Parts, num_steps: int) -> Record:
     stream = TrainingStream(parts.data.train, config.seed, num_steps, size)
     optimizer = adamw(model, config)
     schedule = scheduler(optimizer, config, num_steps)
+    collate = MODALITIES[config.model.task].collator(parts.processor, config)
     losses = {}
     for step in range(num_steps):
         taken = range(step * size, (step + 1) * size)
-        rows = [document for k in taken for document in documents_of(stream[k])]
+        rows = [one for k in taken for one in documents_of(with_inputs(stream[k], collate))]
         alpha = config.train.r_drop_alpha
         num_rows = len(parts.data.train) * len(rows) / size  # of documents, where rows are packed
         smoothing = config.train.label_smoothing_factor
@@ -106,8 +110,19 @@ def divergence(views: list[Tensor], row: dict) -> Tensor:
     return ((p.exp() * (p - q)).sum() + (q.exp() * (q - p)).sum()) / 2
 
 
+def with_inputs(row: dict, collate: Callable[[list[dict]], dict[str, Tensor]]) -> dict:
+    """A row that is a file: what the model takes of it alone, which needs no padding."""
+    if "input_ids" in row:
+        return row
+    batch = collate([row])
+    own = {name: row[name] for name in ("sample_id", "labels", "domain") if name in row}
+    return {**own, INPUTS: {n: v for n, v in batch.items() if n not in (*own, "mask_step")}}
+
+
 def inputs_of(row: dict, device: torch.device) -> dict[str, Tensor]:
     """The model's arguments for one row, without padding."""
+    if INPUTS in row:
+        return {name: value.to(device) for name, value in row[INPUTS].items()}
     names = ("input_ids", "attention_mask", "token_type_ids")
     given = {name: torch.tensor([row[name]], device=device) for name in names if name in row}
     return {"attention_mask": torch.ones_like(given["input_ids"]), **given}
