@@ -277,6 +277,11 @@ class DropoutConfig(Section):
         given = self.by_role().items()
         return {role: value.rate for role, value in given if value.rate is not None}
 
+    def learns(self) -> bool:
+        """Whether any rate is learned."""
+        given = [*self.by_role().values(), self.insert.embedding, self.insert.hidden]
+        return any(role is not None and role.learned for role in given)
+
 
 class EvaluationConfig(Section):
     """The evaluation stage: Monte-Carlo passes, calibration, out-of-distribution scores."""

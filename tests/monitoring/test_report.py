@@ -18,8 +18,8 @@ from pipeline.errors import RunFolderError
 from pipeline.records import RunFolder, append_jsonl, write_json, write_text
 
 SECTIONS = (
-    "verdict", "training", "quality", "classes", "calibration", "uncertainty", "ood", "samples", "plan",
-    "system", "reproduce",
+    "verdict", "training", "quality", "classes", "calibration", "uncertainty", "ood", "samples",
+    "plan", "system", "reproduce",
 )  # fmt: skip
 VOID = {"meta", "br", "hr", "img", "link", "input"}
 ATTACK = (
