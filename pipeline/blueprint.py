@@ -198,10 +198,18 @@ def _trace_device(hf_config: PreTrainedConfig, skeleton: nn.Module, example: Any
 
 
 def _insertable(model: nn.Module) -> dict[str, list[str]]:
-    names = site_names(model).values()
+    by_module = site_names(model)
+    names = by_module.values()
+    sees_images = getattr(model, "main_input_name", "") == "pixel_values"
     return {
         "embedding": [n for n in names if n.rsplit(".", 1)[-1] == "embed_tokens"],
         "hidden": [
             n for n in names if n.rsplit(".", 1)[-1] in ("self_attn", "mlp") and "layers." in n
         ],
+        "patch": [
+            n
+            for module, n in by_module.items()
+            if type(module).__name__.endswith("PatchEmbeddings")
+        ],
+        "head": [n for n in names if re.fullmatch(r"\w+\.layernorm", n) and sees_images],
     }

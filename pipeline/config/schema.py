@@ -217,12 +217,16 @@ class PeftConfig(BaseModel):
 
 
 class InsertConfig(Section):
-    """Dropout sites for models that have none there (Llama, Qwen, Gemma, Mistral)."""
+    """Dropout sites for models that have none there (Llama, Qwen, Gemma, Mistral; images)."""
 
     embedding: RoleDropout | None = None
     """After the token embedding."""
     hidden: RoleDropout | None = None
     """On the output of every attention and MLP block, before the residual sum."""
+    patch: RoleDropout | None = None
+    """On the embedded patches of an image, before positions are added: whole patches, unless a variant is given."""
+    head: RoleDropout | None = None
+    """On the last norm of an image model, which its classifier reads."""
 
     @model_validator(mode="after")
     def _rates(self) -> "InsertConfig":
