@@ -13,8 +13,8 @@ from pipeline.config.schema import DataSource, RunConfig
 from pipeline.dropout.key import derive_key
 from pipeline.dropout.philox import permutation, philox_words
 from pipeline.errors import DataError
-from pipeline.modality import MODALITIES, Modality
-from pipeline.modality.bundle import LabelNames
+from pipeline.modality import Modality
+from pipeline.modality.bundle import LabelNames, modality_of
 from pipeline.modality.domains import domain_problems, with_domains
 from pipeline.modality.quarantine import Quarantine, SetAside
 from pipeline.sources import default_split, load_splits, num_shared, ranges_of, select
@@ -63,7 +63,7 @@ def load_raw(config: RunConfig) -> RawData:
     problems: list[str] = []
     rows, notes = _main_splits(config, problems)
     ood = _ood_sets(config, problems)
-    modality = MODALITIES[config.model.task]
+    modality = modality_of(config)
     names = _label_names(modality, rows, config)
     if names is not None and len(names) < 2:
         found = ", ".join(names) or "none"
@@ -75,9 +75,10 @@ def load_raw(config: RunConfig) -> RawData:
         problems += _problems(
             modality, part, config.data.ood[name], None, False, f"data.ood.{name}"
         )
-    if config.data.packing and modality.one_sample_a_row:
+    if config.data.packing and config.model.task != "text-generation":
         problems.append(f"data.packing: packs documents of text-generation, not {modality.task}")
-    problems += domain_problems(rows, config, modality.one_sample_a_row)
+    keeps_rows = modality.one_sample_a_row and not config.data.packing
+    problems += domain_problems(rows, config, keeps_rows)
     if modality.one_sample_a_row and "train" in rows:
         num_samples = min(len(rows["train"]), config.data.max_train_samples or len(rows["train"]))
         problems += _too_few(num_samples, config.train.global_batch_size)
@@ -87,7 +88,7 @@ def load_raw(config: RunConfig) -> RawData:
 
 def prepare_data(config: RunConfig, raw: RawData, processor: Any) -> PreparedData:
     """Makes model inputs of every split; the limits on samples are applied here, by key."""
-    modality, data = MODALITIES[config.model.task], config.data
+    modality, data = modality_of(config), config.data
 
     def prepare(
         rows: "Dataset", source: DataSource, names: LabelNames, limit: int | None
@@ -131,7 +132,7 @@ def fingerprint_of(parts: Mapping[str, "Dataset"]) -> str:
     whole = hashlib.sha256()
     for name, rows in parts.items():
         whole.update(f"{name}\0{len(rows)}\0".encode())
-        for column in ("sample_id", "input_ids", "labels", "domain", "image"):
+        for column in ("sample_id", "input_ids", "label_mask", "labels", "domain", "image"):
             if column in rows.column_names:
                 whole.update(column.encode() + _digest(rows, column))
     return whole.hexdigest()

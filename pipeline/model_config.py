@@ -16,7 +16,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from pipeline.config.schema import RunConfig
 from pipeline.errors import ModelError
 from pipeline.hub import load_pretrained
-from pipeline.modality.bundle import MODALITIES
+from pipeline.modality.bundle import MODALITIES, modality_of
 
 _LABELS_UNKNOWN = ("0", "1")
 
@@ -45,7 +45,7 @@ def model_config(config: RunConfig, label_names: Sequence[str] | None) -> PreTra
 
 def auto_class(config: RunConfig) -> Any:
     """The class of transformers that loads models for this task."""
-    return getattr(transformers, MODALITIES[config.model.task].auto_class)
+    return getattr(transformers, modality_of(config).auto_class)
 
 
 def set_rates(hf_config: PreTrainedConfig, rates: Mapping[str, float | None]) -> None:

@@ -76,6 +76,32 @@ class DataSource(Section):
     """Column with the image: encoded bytes, a path, or a data set's Image feature."""
     label_column_name: str = "label"
     """Column with the label (classification)."""
+    messages_column_name: str | None = None
+    """Column with conversations (text-generation): lists of `{role, content}`. Makes a row a sample; the loss is on assistant turns."""
+    prompt_column_name: str | None = None
+    """Column with prompts, instead of messages: lists of messages, or plain text; goes with completion_column_name."""
+    completion_column_name: str | None = None
+    """Column with completions, which alone are learned."""
+    tools_column_name: str | None = None
+    """Column with the tools that a conversation may call: a list of JSON schemas, or such a list as JSON text."""
+
+    @property
+    def is_conversation(self) -> bool:
+        """Whether rows are conversations."""
+        return self.messages_column_name is not None or self.prompt_column_name is not None
+
+    @model_validator(mode="after")
+    def _one_form(self) -> "DataSource":
+        problems = []
+        if (self.prompt_column_name is None) != (self.completion_column_name is None):
+            problems.append("prompt_column_name and completion_column_name go together")
+        if self.messages_column_name is not None and self.prompt_column_name is not None:
+            problems.append("give messages_column_name, or prompt_ and completion_column_name")
+        if self.tools_column_name is not None and not self.is_conversation:
+            problems.append("tools_column_name needs messages_column_name or prompt_column_name")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
 
 
 class DataConfig(DataSource):
@@ -88,9 +114,11 @@ class DataConfig(DataSource):
     test_split: str = "test"
     """Split that the evaluation stage reports on."""
     max_length: PositiveInt = 512
-    """Longest sequence in tokens; longer text is cut (classification), and the block size of text-generation."""
+    """Longest sequence in tokens; longer text is cut (classification, conversations), and the block size of text-generation."""
     packing: bool = False
     """text-generation: pack documents whole into training rows of at most max_length (a row is then the unit of the global batch), instead of joining them and cutting blocks."""
+    chat_template: str | None = None
+    """File with the Jinja chat template of conversations, instead of the tokenizer's; `{% generation %}` marks what is learned."""
     max_train_samples: PositiveInt | None = None
     """Use only this many training rows, chosen by key."""
     max_eval_samples: PositiveInt | None = None
@@ -100,7 +128,7 @@ class DataConfig(DataSource):
     augmentation: Augmentation = Augmentation()
     """How training samples of images and audio are varied; the variation follows from step and sample."""
     quarantine_budget: Rate = 0.01
-    """Largest share of a split's images or clips that may be broken; they are set aside, and listed in quarantine.jsonl."""
+    """Largest share of a split's images, clips or conversations that may be unusable; they are set aside, and listed in quarantine.jsonl."""
     ood: dict[str, DataSource] = {}
     """Named out-of-distribution sets, for the evaluation stage."""
 
@@ -344,6 +372,7 @@ class RunConfig(Section):
             )
         if self.dropout.adapter is not None and self.peft is None:
             problems.append("dropout.adapter needs a peft section")
+        problems += _conversation_problems(self.model.task, self.data)
         if bool(self.dropout.domains) != (self.data.domain_column_name is not None):
             problems.append(
                 "dropout.domains and data.domain_column_name go together: give both or neither"
@@ -351,3 +380,19 @@ class RunConfig(Section):
         if problems:
             raise ValueError("; ".join(problems))
         return self
+
+
+def _conversation_problems(task: str, data: DataConfig) -> list[str]:
+    """Conversations are for text-generation, in all sets of a run or in none."""
+    problems = []
+    if data.is_conversation and task != "text-generation":
+        problems.append(f"data.messages_column_name and prompt_column_name: {task} reads none")
+    if data.chat_template is not None and not data.is_conversation:
+        problems.append("data.chat_template needs messages_column_name or prompt_column_name")
+    for name, source in data.ood.items():
+        if source.is_conversation != data.is_conversation:
+            problems.append(
+                f"data.ood.{name}: its rows are conversations if those of the run are; name its "
+                "messages_column_name, or prompt_column_name and completion_column_name"
+            )
+    return problems

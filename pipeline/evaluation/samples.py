@@ -21,7 +21,7 @@ from pipeline.evaluation.calibration import apply_temperature
 from pipeline.evaluation.judge import ENTROPIES, Prediction, Scores
 from pipeline.evaluation.ood.registry import CLASS_SOURCES, SCORES, TOKEN_SOURCES
 from pipeline.evaluation.predict import ClassPrediction, TokenPrediction
-from pipeline.modality.bundle import MODALITIES, LabelNames
+from pipeline.modality.bundle import LabelNames, modality_of
 from pipeline.records import write_bytes
 
 if TYPE_CHECKING:
@@ -33,13 +33,14 @@ EXCERPT_CHARACTERS = 500
 COLUMNS = (
     *("sample_id", "batch_key", "text", "num_tokens", "unknown_token_share", "embedding"),
     *("image", "width", "height", "brightness"),
+    "label_mask",
 )
 CLASS_COLUMNS = (
     *("label", "prediction", "correct", "label_log_probability", "disagreement"),
     *("confidence", "deterministic_confidence", "calibrated_confidence"),
 )
 TOKEN_COLUMNS = ("input_ids", "log_probability", "perplexity", "deterministic_perplexity")
-_NOT_IN_SAMPLES = ("batch_key", "input_ids", "image", "embedding")
+_NOT_IN_SAMPLES = ("batch_key", "input_ids", "label_mask", "image", "embedding")
 _TINY = np.finfo(np.float64).tiny  # stands for a probability of exactly 0: log = -708.4
 
 
@@ -55,7 +56,7 @@ class Origin:
 
 def described_by(config: RunConfig, processor: Any) -> Callable[["Dataset"], dict[str, pa.Array]]:
     """The columns about the input of prepared rows of this task."""
-    modality = MODALITIES[config.model.task]
+    modality = modality_of(config)
     return lambda rows: modality.described(rows, processor)
 
 

@@ -251,7 +251,7 @@ def _reference(
     scored: pa.Table, opened: _Opened, config: RunConfig, plan: DropoutPlan, fitted: Fitted
 ) -> pa.Table:
     """The test rows as `masklock score` would have scored them, with the user's own columns."""
-    places = opened.data.test["sample_id"][:] if opened.predictor.has_classes else None
+    places = opened.data.test["sample_id"][:]
     carried = carried_columns(opened.raw.test, config, places=places, taken=scored.column_names)
     names = [] if carried is None else carried.column_names
     facts = scoring_facts(config, fitted.model_version, plan.digest, opened.data.label_names, names)
