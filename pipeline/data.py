@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 from torch.utils.data import Dataset as TorchDataset
 
+from pipeline.canaries import planted
 from pipeline.config.schema import DataSource, RunConfig
 from pipeline.dropout.key import derive_key
 from pipeline.dropout.philox import permutation, philox_words
@@ -105,6 +106,7 @@ def prepare_data(config: RunConfig, raw: RawData, processor: Any) -> PreparedDat
     }
     ood = {name: prepare(rows, data.ood[name], None, limit) for name, rows in raw.ood.items()}
     parts = {name: _usable(quarantine, name, part, modality) for name, part in parts.items()}
+    parts["train"] = planted(parts["train"], config, processor)
     ood = {n: _usable(quarantine, f"ood.{n}", part, modality) for n, part in ood.items()}
     every = parts | {f"ood.{name}": part for name, part in ood.items()}
     empty = [f"{name}: there is not one sample" for name, part in every.items() if not len(part)]

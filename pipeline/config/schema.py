@@ -104,6 +104,17 @@ class DataSource(Section):
         return self
 
 
+class CanaryConfig(Section):
+    """Sequences of random tokens planted in the training rows (text-generation), for the memorisation probe."""
+
+    num_canaries: PositiveInt = 16
+    """Different sequences."""
+    num_tokens: Annotated[int, Field(ge=4)] = 32
+    """Length of each; the probe asks for the second half."""
+    repeats: PositiveInt = 1
+    """Copies of each among the rows."""
+
+
 class DataConfig(DataSource):
     """Training, validation and test rows, and named out-of-distribution sets."""
 
@@ -129,6 +140,8 @@ class DataConfig(DataSource):
     """How training samples of images and audio are varied; the variation follows from step and sample."""
     quarantine_budget: Rate = 0.01
     """Largest share of a split's images, clips or conversations that may be unusable; they are set aside, and listed in quarantine.jsonl."""
+    canaries: CanaryConfig | None = None
+    """Plant canaries in the training rows."""
     ood: dict[str, DataSource] = {}
     """Named out-of-distribution sets, for the evaluation stage."""
 
@@ -302,6 +315,25 @@ class DropoutConfig(Section):
         return {role: value.rate for role, value in given if value.rate is not None}
 
 
+class MemorisationConfig(Section):
+    """Prompts from training rows: how many greedy continuations repeat the row, beside those of test rows."""
+
+    num_prompts: PositiveInt = 100
+    """Rows of each kind, chosen by key."""
+    prompt_tokens: PositiveInt = 32
+    """Tokens that the model is given, from the start of a row."""
+    continuation_tokens: PositiveInt = 32
+    """Tokens that it goes on by."""
+    k: PositiveInt = 16
+    """Tokens in a row, the same as in what followed, that count as repeated."""
+
+    @model_validator(mode="after")
+    def _reachable(self) -> "MemorisationConfig":
+        if self.k > self.continuation_tokens:
+            raise ValueError("k tokens cannot be repeated in fewer continuation_tokens")
+        return self
+
+
 class EvaluationConfig(Section):
     """The evaluation stage: Monte-Carlo passes, calibration, out-of-distribution scores."""
 
@@ -319,6 +351,8 @@ class EvaluationConfig(Section):
     """Level of each interval."""
     max_fit_samples: PositiveInt = 5000
     """Training rows, chosen by key, whose features fit Mahalanobis and kNN."""
+    memorisation: MemorisationConfig | None = None
+    """Probe whether training rows are repeated verbatim (text-generation)."""
 
 
 class WandbConfig(Section):
@@ -373,6 +407,7 @@ class RunConfig(Section):
         if self.dropout.adapter is not None and self.peft is None:
             problems.append("dropout.adapter needs a peft section")
         problems += _conversation_problems(self.model.task, self.data)
+        problems += _memorisation_problems(self)
         if bool(self.dropout.domains) != (self.data.domain_column_name is not None):
             problems.append(
                 "dropout.domains and data.domain_column_name go together: give both or neither"
@@ -395,4 +430,22 @@ def _conversation_problems(task: str, data: DataConfig) -> list[str]:
                 f"data.ood.{name}: its rows are conversations if those of the run are; name its "
                 "messages_column_name, or prompt_column_name and completion_column_name"
             )
+    return problems
+
+
+def _memorisation_problems(config: RunConfig) -> list[str]:
+    """Canaries and their probe are for text-generation, and fit in its samples."""
+    problems = []
+    canaries, probe = config.data.canaries, config.evaluation.memorisation
+    task, longest = config.model.task, config.data.max_length
+    if task != "text-generation" and canaries is not None:
+        problems.append(f"data.canaries: of text-generation, not {task}")
+    if task != "text-generation" and probe is not None:
+        problems.append(f"evaluation.memorisation: of text-generation, not {task}")
+    if canaries is not None and canaries.num_tokens > longest:
+        problems.append(f"data.canaries.num_tokens is above data.max_length ({longest})")
+    if probe is not None and probe.prompt_tokens + probe.k > longest:
+        problems.append(
+            f"evaluation.memorisation: prompt_tokens + k is above data.max_length ({longest})"
+        )
     return problems
