@@ -46,7 +46,9 @@ def listed(run: RunFolder) -> list[dict[str, Any]]:
 
 
 def acknowledge(run: RunFolder, id: str, who: str, note: str, now: datetime | None = None) -> Alert:
-    """Mark an alert as seen, in the history and in its file. The first one to do so stands.
+    """Mark an alert and its repeats as seen, in the history and in their files.
+
+    The first acknowledgement stands.
 
     Args:
         run: the run.
@@ -61,9 +63,10 @@ def acknowledge(run: RunFolder, id: str, who: str, note: str, now: datetime | No
     if not _path(run).is_file():
         raise DataError(f"{run.path} has no alerts: no window of it was ever judged.")
     with History(_path(run)) as history:
-        alert = history.acknowledge(id, who, note, now or utc_now())
-    write_alert(run.monitoring / "alerts", alert)
-    return alert
+        marked = history.acknowledge(id, who, note, now or utc_now())
+    for alert in marked:
+        write_alert(run.monitoring / "alerts", alert)
+    return marked[0]
 
 
 def _path(run: RunFolder) -> Path:

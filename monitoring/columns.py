@@ -17,6 +17,16 @@ ASIDE = {SAMPLE_ID, TEXT, EMBEDDING, BATCH_KEY, INPUT_IDS, MODEL_VERSION, "split
 # What is known only with a label, which production has later or never.
 LABELLED = {LABEL, CORRECT, "label_log_probability"}
 
+# Scores that say what another column says, or one minus it: judged once.
+TWINS = {
+    "msp": "deterministic_confidence",
+    "mc_msp": CONFIDENCE,
+    "mc_predictive_entropy": "predictive_entropy",
+    "mc_expected_entropy": "expected_entropy",
+    "mc_mutual_information": "mutual_information",
+    "mc_disagreement": "disagreement",
+}
+
 
 def metadata_of(schema: pa.Schema) -> dict[str, Any]:
     """What the scoring wrote beside the rows; empty where it wrote nothing."""

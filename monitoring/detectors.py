@@ -1,9 +1,9 @@
 """The e-detectors of a run: which columns they watch, their state from window to window, alarms.
 
-One promise holds for all of them together. Each of m detectors sounds at m times the average run
-length A: the sum of their statistics grows by at most m a run on average while nothing changes, and
-is at least m A when the first of them sounds, so that this takes at least A runs on average. After
-an alarm a detector starts anew.
+One promise holds for all of them together: at most w / A false alarms in w scheduled runs, on
+average, A the average run length. Each of m detectors sounds at m A and then starts anew. While
+nothing changes a statistic grows by at most 1 a run on average, and every alarm takes m A away, so
+that a detector sounds at most w / (m A) times.
 """
 
 import hashlib

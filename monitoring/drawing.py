@@ -92,7 +92,7 @@ def draw_windows(
     """One line a name over the windows of production, and the level that they are held against."""
     for name, points in lines.items():
         numbers, values = zip(*points, strict=True)
-        axes.plot(numbers, values, color=colours[name], label=name if len(lines) > 1 else None)
+        axes.plot(numbers, values, color=colours[name], label=name)
         for number, value in points:
             tip = _tip(f"{name}, window {number:g}: {value:.4g}")
             axes.plot([number], [value], "o", color=colours[name], markersize=3.5, gid=tip)
@@ -100,6 +100,7 @@ def draw_windows(
         axes.axhline(level, color=_INK, linewidth=1, linestyle=(0, (4, 3)), label=level_name)
     if log:
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.margins(y=0.15)
     axes.set_xlabel("window")
     axes.locator_params(axis="x", integer=True)

@@ -20,15 +20,16 @@ _MEASURES = ("predictive_entropy", "mutual_information", "confidence")
 
 @dataclass(frozen=True)
 class Chart:
-    """A title and what draws it."""
+    """A title, what draws it, and its width and height in inches."""
 
     title: str
     draw: Draw
+    size: tuple[float, float] = (3.7, 2.7)
 
     @property
     def svg(self) -> str:
         """The chart as an `<svg>` element."""
-        return drawing.svg(self.draw, self.title)
+        return drawing.svg(self.draw, self.title, self.size)
 
 
 def curve_charts(run: Run) -> list[Chart]:

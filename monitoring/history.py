@@ -220,22 +220,34 @@ class History:
         )
         return {(sha256, bool(labelled)) for sha256, labelled in found}
 
-    def acknowledge(self, id: str, who: str, note: str, at: datetime) -> Alert:
-        """Mark an alert as seen; the first acknowledgement stands.
+    def acknowledge(self, id: str, who: str, note: str, at: datetime) -> list[Alert]:
+        """Mark an alert as seen, with those that repeat it; the first acknowledgement stands.
+
+        Returns:
+            The alert, and the others that were marked.
 
         Raises:
             DataError: there is no alert, or more than one, whose id begins so.
         """
+        seen = {"by": who, "at": stamp(at), "note": note}
         with self._database.transaction() as connection:
             alert = self.alert(id)
-            if alert.state == "open":
-                seen = {"by": who, "at": stamp(at), "note": note}
-                alert = dataclasses.replace(alert, state="acknowledged", acknowledged=seen)
-                connection.execute(
-                    "UPDATE alerts SET state = ?, body = ? WHERE id = ?",
-                    (alert.state, _text(alert.to_json()), alert.id),
-                )
-        return alert
+            marked = [
+                dataclasses.replace(one, state="acknowledged", acknowledged=seen)
+                for one in (alert, *self._open_repeats(alert.id))
+                if one.state == "open"
+            ]
+            connection.executemany(
+                "UPDATE alerts SET state = ?, body = ? WHERE id = ?",
+                [(one.state, _text(one.to_json()), one.id) for one in marked],
+            )
+        return marked if marked and marked[0].id == alert.id else [alert, *marked]
+
+    def _open_repeats(self, id: str) -> list[Alert]:
+        found = self._database.read(
+            "SELECT body FROM alerts WHERE repeats = ? AND state = 'open'", id
+        )
+        return [Alert.from_json(json.loads(body)) for (body,) in found]
 
     def deliveries(self, state: DeliveryState | None = None) -> list[Delivery]:
         """Deliveries in the order of their alerts."""

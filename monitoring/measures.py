@@ -1,6 +1,7 @@
 """The numbers of one window, by the keys that rules, dashboards and the history know them by."""
 
 import math
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -9,18 +10,24 @@ from monitoring.drift import WindowDrift
 from monitoring.profile import ReferenceProfile
 from monitoring.scored import Window
 
-OF_LABELS = {
-    f"drift/performance/{name}" for name in ("accuracy", "ece", "nll", "calibration_shift")
-}
+NUM_LABELLED = "drift/num_labelled"
+_QUALITY = "drift/performance/"
+_WITHOUT_LABELS = f"{_QUALITY}estimated_accuracy"
 
 
 def measures_of(window: Window, drift: WindowDrift, only_labels: bool = False) -> dict[str, float]:
     """What the judgement found, and the mean of every numeric column: `drift/<column>/mean`.
 
+    Measures of quality come with the ends of their intervals: `drift/performance/accuracy`,
+    `..._lower` and `..._upper`. A rule about an end asks for more than bad luck.
+
     With `only_labels`, for labels that come later, what does not follow from labels is left out:
     the window has said it already.
     """
-    found = drift.metrics()
+    found = drift.metrics() | {NUM_LABELLED: float(drift.num_labelled)}
+    for name, estimate in drift.performance.items():
+        found[f"{_QUALITY}{name}_lower"] = estimate.lower
+        found[f"{_QUALITY}{name}_upper"] = estimate.upper
     for one in window.table.schema:
         if one.name not in columns.ASIDE and columns.is_numeric(one.type):
             values = window.numbers(one.name)
@@ -31,8 +38,15 @@ def measures_of(window: Window, drift: WindowDrift, only_labels: bool = False) -
     return {key: value for key, value in found.items() if math.isfinite(value)}
 
 
+def rows_behind(measures: Mapping[str, float], key: str, num_rows: int) -> float:
+    """How many rows of a window a measure is about: those with a label, or all."""
+    return measures.get(NUM_LABELLED, num_rows) if _is_of_labels(key) else num_rows
+
+
 def _is_of_labels(key: str) -> bool:
-    return key in OF_LABELS or key.split("/")[1] in columns.LABELLED
+    is_quality = key.startswith(_QUALITY) and not key.startswith(_WITHOUT_LABELS)
+    is_column = bool(columns.LABELLED & set(key.split("/")[1:2]))
+    return key == NUM_LABELLED or is_quality or is_column
 
 
 def reference_measures(profile: ReferenceProfile, drift: WindowDrift) -> dict[str, float]:
@@ -43,8 +57,9 @@ def reference_measures(profile: ReferenceProfile, drift: WindowDrift) -> dict[st
         if summary.count
     }
     quality = {
-        f"drift/performance/{name}": estimate.reference
+        f"{_QUALITY}{name}{end}": estimate.reference
         for name, estimate in drift.performance.items()
         if estimate.reference is not None
+        for end in ("", "_lower", "_upper")
     }
     return means | quality

@@ -4,31 +4,28 @@ read what the evaluation learned -> compare -> sequential detectors and rules ->
 -> one transaction in the history -> files of the alerts -> tell who is to be told
 """
 
-import io
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
-
 from monitoring import columns
-from monitoring.alerts import Alert, stamp, utc_now, write_alert
+from monitoring.alert_files import forget_old_windows, keep_window, write_missing_alerts
+from monitoring.alerts import Alert, stamp, utc_now
 from monitoring.detectors import Detector, DetectorResult, detectors_of, update
 from monitoring.drift import DriftSettings, WindowDrift, judge_window
 from monitoring.history import Delivery, History, WindowRecord
 from monitoring.measures import measures_of, reference_measures
 from monitoring.outbox import Outbox, Receiver
 from monitoring.profile import ReferenceProfile, read_profile
-from monitoring.raising import KEPT, Raiser, kept_name
+from monitoring.raising import Raiser
 from monitoring.rules import NUM_BASELINE_WINDOWS, broken_rules, silent_rules
 from monitoring.run import best_ood_score
 from monitoring.scored import Window, require_matches
 from pipeline.config.monitoring import DriftConfig, MonitoringConfig
 from pipeline.config.schema import RunConfig
 from pipeline.locking import file_lock
-from pipeline.records import RunFolder, write_bytes
+from pipeline.records import RunFolder
 
 Clock = Callable[[], datetime]
 MasksDigest = Callable[[Mapping[str, Any], list[int]], str]
@@ -77,8 +74,8 @@ def monitor(
         try:
             known = _known(history, window.sha256, _is_labelled(window))
             outcome = known or _judge(run, config, window, outbox, masks_digest)
-            _write_files(run, history)
-            _forget_old_windows(run, config.monitoring.keep_windows, history)
+            write_missing_alerts(run, history)
+            forget_old_windows(run, config.monitoring.keep_windows, history)
         finally:
             tried = outbox.deliver()
     return replace(outcome, deliveries=tried)
@@ -122,7 +119,7 @@ def _judge(
     alerts = outbox.marked(alerts)
     record = replace(record, outcome="alert" if alerts else "quiet")
     if alerts:
-        _keep(window, run.monitoring / raiser.kept)
+        keep_window(window, run.monitoring / raiser.kept)
     states = {name: one.state for name, one in results.items()}
     id = history.add_window(record, states, alerts, outbox.plan(alerts))
     return MonitorOutcome(replace(record, id=id), alerts, [], silent_rules(settings.rules, record))
@@ -194,31 +191,3 @@ def _comparable(
     longest = max((rule.of_windows for rule in config.rules.values()), default=1)
     before = history.windows(2 * (longest + NUM_BASELINE_WINDOWS))
     return [one for one in before if one.model_version == record.model_version]
-
-
-# -- files ---------------------------------------------------------------------------------------
-
-
-def _keep(window: Window, path: Path) -> None:
-    """A copy of the rows, so that an alert can be replayed when its files are gone."""
-    buffer = io.BytesIO()
-    pq.write_table(window.table, buffer)
-    write_bytes(path, buffer.getvalue())
-
-
-def _write_files(run: RunFolder, history: History) -> None:
-    """Files of alerts that lack theirs: the history may be ahead of them after a crash."""
-    for id in history.alert_ids():
-        if not (run.monitoring / "alerts" / f"{id}.json").is_file():
-            write_alert(run.monitoring / "alerts", history.alert(id))
-
-
-def _forget_old_windows(run: RunFolder, num_kept: int, history: History) -> None:
-    """Copies of windows but for the newest, and for those of open alerts."""
-    is_open = {kept_name(*window) for window in history.open_windows()}
-    copies = sorted(
-        (run.monitoring / KEPT).glob("*.parquet"), key=lambda path: -path.stat().st_mtime_ns
-    )
-    for old in copies[num_kept:]:
-        if old.name not in is_open:
-            old.unlink(missing_ok=True)

@@ -38,9 +38,16 @@ class Outbox:
     now: Callable[[], datetime]
 
     def marked(self, alerts: Sequence[Alert]) -> list[Alert]:
-        """New alerts, those that repeat one of lately marked as such."""
+        """New alerts, those that repeat one of lately marked as such; they are as seen as it is."""
         told = self.history.raised(*self._around(timedelta(hours=self.config.repeat_after_hours)))
-        return [replace(alert, repeats=told.get(alert.subject)) for alert in alerts]
+        return [
+            alert if alert.subject not in told else self._repeat(alert, told[alert.subject])
+            for alert in alerts
+        ]
+
+    def _repeat(self, alert: Alert, id: str) -> Alert:
+        first = self.history.alert(id)
+        return replace(alert, repeats=id, state=first.state, acknowledged=first.acknowledged)
 
     def plan(self, alerts: Sequence[Alert]) -> list[Delivery]:
         """Deliveries of new alerts; repeats, and those over the limit a day, are not due."""

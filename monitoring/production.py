@@ -7,11 +7,14 @@ from typing import Any
 from monitoring import production_figures as figures
 from monitoring import words
 from monitoring.alerts import Alert
+from monitoring.columns import TEXT
+from monitoring.common_words import common_words, lengths
 from monitoring.figures import Chart
 from monitoring.history import History, WindowRecord
 from monitoring.pages import render, shown
 from monitoring.profile import read_profile
 from monitoring.run import best_ood_score, is_number
+from monitoring.scored_files import read_table
 from pipeline.errors import RunFolderError
 from pipeline.records import RunFolder, write_text
 
@@ -24,6 +27,14 @@ _MAX_TEXT_CHARACTERS = 300
 
 
 @dataclass(frozen=True)
+class KeptWindow:
+    """Of each row of a window: its text, and its length where there is one."""
+
+    texts: list[str]
+    lengths: list[float]
+
+
+@dataclass(frozen=True)
 class Production:
     """The history of a run as far as pages need it."""
 
@@ -31,23 +42,41 @@ class Production:
     alerts: list[Alert]
     means: dict[str, float]
     """Of the reference, by column."""
+    kept: dict[str, KeptWindow]
+    """Texts and lengths of the windows behind the alerts that are shown, by their kept copy."""
     best_ood: str | None
 
 
 def load_production(folder: RunFolder) -> Production | None:
-    """The latest windows and all alerts; None before the first window."""
+    """The latest windows and alerts, those that repeat others left out; None before the first."""
     path = folder.monitoring / "history.sqlite"
     if not path.is_file():
         return None
     with History(path) as history:
-        windows, alerts = history.windows(NUM_WINDOWS), history.alerts()
+        windows = history.windows(NUM_WINDOWS)
+        alerts = history.alerts(limit=NUM_ALERTS, with_repeats=False)
     if not windows:
         return None
     means = {}
     if folder.profile.is_dir():
         numbers = read_profile(folder).numbers
         means = {name: summary.mean for name, summary in numbers.items() if summary.count}
-    return Production(windows, alerts, means, best_ood_score(folder))
+    kept = _kept_windows(folder, alerts)
+    return Production(windows, alerts, means, kept, best_ood_score(folder))
+
+
+def _kept_windows(folder: RunFolder, alerts: list[Alert]) -> dict[str, KeptWindow]:
+    """Alerts name rows by their place only: the rows themselves stay in this folder."""
+    found = {}
+    for name in {str(alert.window.get("kept")) for alert in alerts}:
+        path = folder.monitoring / name
+        if path.is_file():
+            table = read_table(path)
+            names = table.column_names
+            texts = table[TEXT].to_pylist() if TEXT in names else [""] * len(table)
+            lengths = table["num_tokens"].to_pylist() if "num_tokens" in names else []
+            found[name] = KeptWindow([text or "" for text in texts], lengths)
+    return found
 
 
 def write_monitor_page(folder: RunFolder) -> Path:
@@ -72,8 +101,10 @@ def content_of(production: Production) -> dict[str, Any]:
     windows, alerts = production.windows, production.alerts
     return {
         "state": _state(windows, alerts),
-        "alerts": [_alert(alert) for alert in reversed(alerts[-NUM_ALERTS:])],
-        "num_alerts": len(alerts),
+        "alerts": [
+            _alert(alert, production.kept.get(str(alert.window.get("kept"))))
+            for alert in reversed(alerts)
+        ],
         "timeline": shown(figures.timeline(windows, alerts)),
         "charts": shown(_charts(production)),
         "grid": _grid(windows[-NUM_GRID_WINDOWS:]),
@@ -110,7 +141,7 @@ def _state(windows: list[WindowRecord], alerts: list[Alert]) -> list[str]:
     return sentences
 
 
-def _alert(alert: Alert) -> dict[str, Any]:
+def _alert(alert: Alert, kept: KeptWindow | None) -> dict[str, Any]:
     evidence = {
         name: words.quantity(value) if isinstance(value, int | float) else value
         for name, value in alert.evidence.items()
@@ -126,13 +157,25 @@ def _alert(alert: Alert) -> dict[str, Any]:
         "state": alert.state,
         "acknowledged": alert.acknowledged or {},
         "evidence": evidence,
-        "rows": [_row(row) for row in alert.rows[:NUM_ROWS]],
+        "common": _common(alert, kept) if kept else {},
+        "rows": [_row(row, kept) for row in alert.rows[:NUM_ROWS]],
         "num_rows": len(alert.rows),
     }
 
 
-def _row(row: dict[str, Any]) -> dict[str, Any]:
-    text = str(row.get("text") or "")
+def _common(alert: Alert, kept: KeptWindow) -> dict[str, Any]:
+    """Words and lengths of the rows behind an alert, against those of the other rows."""
+    behind = {row["place"] for row in alert.rows}
+    others = [place for place in range(len(kept.texts)) if place not in behind]
+    words = common_words([kept.texts[p] for p in sorted(behind)], [kept.texts[p] for p in others])
+    medians = None
+    if kept.lengths:
+        medians = lengths([kept.lengths[p] for p in behind], [kept.lengths[p] for p in others])
+    return {"words": words, "lengths": medians}
+
+
+def _row(row: dict[str, Any], kept: KeptWindow | None) -> dict[str, Any]:
+    text = kept.texts[row["place"]] if kept else ""
     short = text[:_MAX_TEXT_CHARACTERS] + (" …" if len(text) > _MAX_TEXT_CHARACTERS else "")
     return {"sample_id": row.get("sample_id"), "value": row.get("value"), "text": short}
 

@@ -28,7 +28,7 @@ def timeline(windows: Sequence[WindowRecord], alerts: Sequence[Alert]) -> list[C
     draw = partial(
         drawing.draw_timeline, windows=_numbers(windows), events=raised, levels=SEVERITIES
     )
-    return [Chart("Alerts by window", draw)]
+    return [Chart("Alerts by window", draw, (11.6, 1.7))]
 
 
 def detector_charts(windows: Sequence[WindowRecord]) -> list[Chart]:
@@ -67,7 +67,9 @@ def mean_charts(
     for name in dict.fromkeys(columns):
         points = _points(windows, f"drift/{name}/mean")
         title = f"{title_of(name)}, mean"
-        charts += _lines(title, {title: points} if points else {}, means.get(name), "reference")
+        charts += _lines(
+            title, {"production": points} if points else {}, means.get(name), "reference"
+        )
     return charts
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from monitoring import columns
+from monitoring.alert_files import KEPT, kept_name
 from monitoring.alerts import Alert, alert_id
 from monitoring.detectors import DetectorResult
 from monitoring.drift import WindowDrift
@@ -17,8 +18,6 @@ from monitoring.rules import Finding
 from monitoring.scored import Window
 from pipeline.config.monitoring import MonitoringConfig, Severity
 
-KEPT = "windows"
-"""Folder, in that of monitoring, of the copies of windows."""
 MAX_COLUMNS = 10
 # What measures of quality are about, as a column of the window.
 _OF_QUALITY = {"estimated_accuracy": "confidence", "ece": "confidence"}
@@ -28,11 +27,6 @@ _SAID = {
     "tail": "{:.2f} of the rows are beyond the reference's 95 % quantile",
 }
 _REPLAYED = ("seed", "num_mc_passes", "plan_digest", "batch_size", "model_version", "task")
-
-
-def kept_name(sha256: str, is_labelled: bool) -> str:
-    """Name of the copy of a window of this content."""
-    return f"{sha256[:16]}{'-labelled' if is_labelled else ''}.parquet"
 
 
 @dataclass(frozen=True)
@@ -152,7 +146,8 @@ class Raiser:
         """The column whose rows stand behind a measure: its own, else the one that moved most."""
         parts = metric.split("/")
         if parts[:2] == ["drift", "performance"]:
-            return _OF_QUALITY.get(parts[2], "correct")
+            name = parts[2].removesuffix("_lower").removesuffix("_upper")
+            return _OF_QUALITY.get(name, "correct")
         own = "/".join(parts[1:-1])
         if self.window.has(own):
             return own

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from monitoring.history import WindowRecord
+from monitoring.measures import rows_behind
 from pipeline.config.monitoring import BUILT_IN_RULES, RuleConfig
 
 NUM_BASELINE_WINDOWS = 10
@@ -44,8 +45,9 @@ def broken_rules(
     return [
         finding
         for name, rule in rules.items()
-        if rule.enabled and current.num_rows >= rule.min_rows
+        if rule.enabled
         for metric in matching(rule, current.measures)
+        if _has_enough_rows(rule, metric, current)
         if (finding := _judge(name, rule, metric, windows, reference)) is not None
     ]
 
@@ -74,7 +76,7 @@ def _judge(
     values = [
         window.measures[metric]
         for window in windows
-        if metric in window.measures and window.num_rows >= rule.min_rows
+        if metric in window.measures and _has_enough_rows(rule, metric, window)
     ]
     first = max(0, len(values) - rule.of_windows)
     baselines = [
@@ -92,6 +94,10 @@ def _judge(
     if rule.of_windows > 1:
         said += f", in {broken_in} of the last {len(faults)} windows"
     return Finding(name, metric, values[-1], said, baselines[-1], broken_in, len(faults))
+
+
+def _has_enough_rows(rule: RuleConfig, metric: str, window: WindowRecord) -> bool:
+    return rows_behind(window.measures, metric, window.num_rows) >= rule.min_rows
 
 
 def _baseline(rule: RuleConfig, before: Sequence[float], reference: float | None) -> float | None:

@@ -64,7 +64,7 @@ class Watch:
             self.retry()
         except InputError:
             raise
-        except MasklockError as error:  # a full disk, a lock: the next round may find it better
+        except (MasklockError, OSError) as error:  # a full disk, a lock: it may pass
             self.say(f"not yet: {error}")
 
     def _said_of(self, path: Path) -> str:

@@ -43,6 +43,7 @@ MONITORING = {
     WINDOW: "the number of the window",
     "monitor/num_alerts": "alerts that this window raised",
     "drift/num_rows": "rows of the window",
+    "drift/num_labelled": "rows of the window that have a label",
     "drift/num_drifted_columns": "columns that left the reference",
     "drift/performance/*": "quality with labels, and its estimate without",
     "drift/*/*": "of a column: mean, test statistics, p-values, effect size",

@@ -10,19 +10,26 @@ SPLITS = ("train", "validation", "test")
 
 
 def challenger_config(
-    recipe: RunConfig, name: str, data: Path, start: Path | None = None
+    recipe: RunConfig, name: str, data: Path, champion: Path, start: Path | None = None
 ) -> RunConfig:
     """The recipe with the rows of this retraining, starting from other weights if there are any.
 
+    A tokenizer that the recipe would train is the champion's: with another one, neither the blocks
+    of a text nor what is said per token could be compared.
+
     Args:
         data: folder with train, validation and test.parquet.
+        champion: the champion's model folder, which holds its tokenizer.
         start: folder with the champion's whole weights in Hugging Face format.
     """
     changed = recipe.model_dump(mode="json")
     changed["name"] = name
     changed["data"] |= _rows_of(data)
+    model = changed["model"]
+    if model["model_name_or_path"] is None and model["tokenizer_name_or_path"] is None:
+        model["tokenizer_name_or_path"] = str(champion)
     if start is not None:
-        changed["model"] |= {
+        model |= {
             "model_name_or_path": str(start),
             "model_type": None,
             "config_overrides": {},

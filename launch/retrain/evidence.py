@@ -98,7 +98,7 @@ def files_of(patterns: Sequence[str]) -> list[Path]:
     for pattern in patterns:
         matching = sorted(glob.glob(pattern, recursive=True))
         if not matching and not glob.has_magic(pattern):
-            raise DataError(f"data.new names {pattern}, but there is no such file.")
+            raise DataError(f"The policy names the rows in {pattern}, but there is no such file.")
         found.update(dict.fromkeys(Path(name) for name in matching if Path(name).is_file()))
     return list(found)
 

@@ -4,9 +4,11 @@ import contextlib
 import logging
 import threading
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 from launch.retrain.store import Clock, Store
+from pipeline.errors import MasklockError
 from pipeline.locking import file_lock
 
 logger = logging.getLogger(__name__)
@@ -41,12 +43,12 @@ def _heartbeat(path: Path, token: str, now: Clock, every_seconds: float) -> Iter
 
     def beat() -> None:
         while not stop.wait(every_seconds):
-            store = Store(path, now)  # connections belong to their thread
             try:
-                if not store.beat(token):
-                    return
-            finally:
-                store.close()
+                with closing(Store(path, now)) as store:  # connections belong to their thread
+                    if not store.beat(token):
+                        return
+            except MasklockError as error:
+                logger.warning("No heartbeat this time: %s", error)
 
     thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
     thread.start()

@@ -18,7 +18,7 @@ from typing import Any
 
 from launch.registry import Registry, Version
 from launch.retrain.evidence import count_rows, files_of, history_of, read_windows
-from launch.retrain.gate import judge
+from launch.retrain.gate import Verdict, judge
 from launch.retrain.load import Plan
 from launch.retrain.place import Place, StageFailed, StageStopped, folder_of, ranges_of
 from launch.retrain.policy import duration
@@ -28,7 +28,7 @@ from launch.retrain.store import Clock, Retraining, State, Store
 from launch.retrain.triggers import Finding, Seen, findings, require_metric
 from monitoring.comparison import compare_runs, read_side
 from pipeline.config.load import config_hash
-from pipeline.errors import InputError
+from pipeline.errors import DataError, InputError
 from pipeline.records import RunFolder, sha256_of_file, write_json
 
 logger = logging.getLogger(__name__)
@@ -209,9 +209,8 @@ def _check_data(line: Line, one: Retraining) -> Retraining:
 
 
 def _prepare(line: Line, one: Retraining) -> Retraining:
-    place = line.place(one)
-    place.write_config(line.registry.get(one.champion))
-    return line.store.move(one.knows(run=str(place.challenger.path)), "training", place.name)
+    run = line.place(one).write_config(line.registry.get(one.champion))
+    return line.store.move(one.knows(run=str(run)), "training", str(run))
 
 
 def _train(line: Line, one: Retraining) -> Retraining:
@@ -221,25 +220,33 @@ def _train(line: Line, one: Retraining) -> Retraining:
 
 
 def _evaluate(line: Line, one: Retraining) -> Retraining:
-    place, gate = line.place(one), line.plan.policy.gate
-    champion = line.registry.get(one.champion)
+    place, champion = line.place(one), line.registry.get(one.champion)
     place.evaluate_challenger()
     place.evaluate_champion(champion)
     version = line.registry.register(place.challenger, {"retraining": one.key})
     line.registry.set_challenger(version.name, f"judged against {champion.name}")
-    comparison = compare_runs(
-        read_side(place.bench),
-        read_side(place.challenger),
-        retention=ranges_of(one),
-        num_resamples=gate.num_resamples,
-        confidence_level=gate.confidence_level,
-    )
-    has_labels = place.columns.label is not None
-    verdict = judge(comparison, gate, one.facts["rows"]["frozen"] if has_labels else None)
-    write_json(place.folder / "comparison.json", comparison.to_json())
+    verdict = _verdict(line, one, place)
     said = "passed" if verdict.passed else f"{len(verdict.against)} reasons against it"
     one = one.knows(version=version.name, verdict=verdict.to_json())
     return line.store.move(one, "gated", said)
+
+
+def _verdict(line: Line, one: Retraining, place: Place) -> Verdict:
+    """Compare and judge; runs that cannot be compared are a reason too."""
+    gate = line.plan.policy.gate
+    try:
+        comparison = compare_runs(
+            read_side(place.bench),
+            read_side(place.challenger),
+            retention=ranges_of(one),
+            num_resamples=gate.num_resamples,
+            confidence_level=gate.confidence_level,
+        )
+    except DataError as error:
+        return Verdict((str(error),), ())
+    write_json(place.folder / "comparison.json", comparison.to_json())
+    is_sample_a_row = place.columns.label is not None
+    return judge(comparison, gate, one.facts["rows"]["frozen"] if is_sample_a_row else None)
 
 
 def _decide(line: Line, one: Retraining) -> Retraining:

@@ -67,12 +67,7 @@ class Place:
     @property
     def challenger(self) -> RunFolder:
         """The challenger's run, a run like any other."""
-        return RunFolder(Path(self.plan.recipe.output_dir) / self.name)
-
-    @property
-    def name(self) -> str:
-        """Name of the challenger's run."""
-        return f"{self.plan.recipe.name}-{self.one.key[:8]}"
+        return RunFolder(Path(self.one.facts["run"]))
 
     @property
     def config(self) -> Path:
@@ -97,12 +92,16 @@ class Place:
         write_text(recipe, dump_config(self.plan.recipe))
         self._stage("rows", str(recipe), str(self.base))
 
-    def write_config(self, champion: Version) -> None:
-        """The challenger's configuration."""
+    def write_config(self, champion: Version) -> Path:
+        """The challenger's configuration; returns the folder that its run will have."""
         if not self.config.is_file():
             start = self._start(champion) if self.plan.policy.start_from == "champion" else None
-            config = challenger_config(self.plan.recipe, self.name, self.data, start)
+            recipe = self.plan.recipe
+            name = f"{recipe.name}-{self.one.key[:8]}"
+            config = challenger_config(recipe, name, self.data, champion.run.model, start)
             write_text(self.config, dump_config(config))
+        config = self._config()
+        return Path(config.output_dir) / config.name
 
     def _start(self, champion: Version) -> Path:
         """The champion's whole weights, where they stay: what starts from them needs them later."""

@@ -223,7 +223,8 @@ class Store:
 def _open(path: Path) -> sqlite3.Connection:
     try:
         connection = sqlite3.connect(path, timeout=30.0, isolation_level=None)
-        for setting in ("journal_mode = WAL", "synchronous = FULL"):
+        # No write-ahead log: it needs memory that is shared, and machines share only the file.
+        for setting in ("journal_mode = DELETE", "synchronous = FULL"):
             connection.execute(f"PRAGMA {setting}")
         with _transaction(connection):
             version = connection.execute("PRAGMA user_version").fetchone()[0]

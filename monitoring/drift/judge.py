@@ -51,6 +51,8 @@ def _numeric_columns(
     for name, summary in profile.numbers.items():
         if name in settings.ignore or name in columns.LABELLED or not window.has(name):
             continue
+        if (twin := columns.TWINS.get(name)) in profile.numbers and window.has(str(twin)):
+            continue
         values = window.numbers(name)
         found.append(judge_numeric(name, profile.sample_numbers(name), values, settings))
         missing = int((~np.isfinite(values)).sum())

@@ -26,7 +26,7 @@ class DriftSettings:
     categorical_test: str = "chi2"
     min_effects: Mapping[str, float] = field(default_factory=dict)
     ignore: Collection[str] = ()
-    num_permutations: int = 1000
+    num_permutations: int = 10_000
     max_embedding_rows: int = 2000
     confidence_level: float = 0.95
     seed: int = 0

@@ -1,11 +1,15 @@
-"""A file of alerts, one JSON object a line: each alert once, however often it is sent."""
+"""A file of alerts, one JSON object a line: each alert once, also if it is sent again."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.records import append_jsonl, read_jsonl
+from pipeline.records import append_jsonl
+
+SEARCHED_BYTES = 8 * 2**20
+"""An alert is sent again right after a crash: it is looked for among the newest lines."""
 
 
 @dataclass(frozen=True)
@@ -15,6 +19,14 @@ class JsonLines:
     path: Path
 
     def __call__(self, alert: Mapping[str, Any]) -> None:
-        known = read_jsonl(self.path) if self.path.is_file() else []
-        if all(record.get("id") != alert["id"] for record in known):
+        if not self._holds(alert["id"]):
             append_jsonl(self.path, alert)
+
+    def _holds(self, id: str) -> bool:
+        """Whether a whole line, one with its newline, is about this alert."""
+        if not self.path.is_file():
+            return False
+        with open(self.path, "rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - SEARCHED_BYTES))
+            whole, _, _ = file.read().rpartition(b"\n")
+        return f'"id": "{id}"'.encode() in whole

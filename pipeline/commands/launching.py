@@ -201,11 +201,10 @@ def _job(
 
 
 def _retraining(policy: Path, every: str) -> "Retraining":
+    from launch.retrain.load import load_plan
     from launch.schedule import Schedule
     from launch.timer import Retraining
-    from pipeline.errors import InputError
 
-    if not policy.is_file():
-        raise InputError(f"{policy} was to be a retraining policy, but there is no such file.")
+    name = load_plan(policy).policy.name  # a timer must not find out what is wrong with it
     masklock = Path(sys.executable).with_name("masklock")
-    return Retraining(policy.stem, policy.resolve(), Path.cwd(), masklock, Schedule(every))
+    return Retraining(name, policy.resolve(), Path.cwd(), masklock, Schedule(every))

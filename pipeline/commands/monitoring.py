@@ -6,6 +6,7 @@ import getpass
 import re
 import signal
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -44,8 +45,9 @@ def monitor(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Judge a window of production rows: exit code 0 if it is quiet, 3 if it raised an alert."""
-    overrides = [word for word in more or () if "=" in word]
-    files = [*(window or ()), *(Path(word) for word in more or () if "=" not in word)]
+    words = [(word, "=" in word and not Path(word).exists()) for word in more or ()]
+    overrides = [word for word, is_override in words if is_override]
+    files = [*(window or ()), *(Path(word) for word, is_override in words if not is_override)]
     _require_one_way(files, labels, watch)
     with Judge(run, overrides) as judge:
         if watch is not None:
@@ -108,7 +110,7 @@ def _watch(judge: Judge, folder: Path, every_seconds: float) -> None:
     from monitoring.watch import Watch
 
     def said_of(path: Path) -> str:
-        return "; ".join(line.strip() for line in _lines(judge([path], [])))
+        return "\n".join(_lines(judge([path], [])))
 
     tell(f"Watching {folder} for windows; stop with Ctrl-C or SIGTERM.")
     with _stopped_by_signals() as stop:
@@ -149,8 +151,7 @@ def _require_one_way(files: list[Path], labels: list[Path] | None, watch: Path |
 
 def _lines(outcome: "MonitorOutcome") -> list[str]:
     record = outcome.record
-    count = "quiet" if not outcome.alerts else f"{len(outcome.alerts)} alerts"
-    count = "1 alert" if len(outcome.alerts) == 1 else count
+    count = _count(len(outcome.alerts), "alert") if outcome.alerts else "quiet"
     again = "" if outcome.is_new else f", judged before, at {record.created}"
     lines = [f"Window {record.id}: {record.num_rows} rows, {count}{again}"]
     for alert in outcome.alerts:
@@ -158,12 +159,17 @@ def _lines(outcome: "MonitorOutcome") -> list[str]:
             f"  {alert.severity:8}  {alert.id}  {alert.title}",
             *([f"            {alert.runbook}"] if alert.runbook else []),
         ]
+    failed = Counter((one.sink, one.error, one.state) for one in outcome.deliveries)
     lines += [
-        f"  not sent to {one.sink}: {one.error}; {_what_next(one.state)}"
-        for one in outcome.deliveries
-        if one.state != "sent"
+        f"  {_count(number, 'alert')} not sent to {sink}: {error}; {_what_next(state)}"
+        for (sink, error, state), number in failed.items()
+        if state != "sent"
     ]
     return lines + [f"  rule {name} is silent: no such measure" for name in outcome.silent_rules]
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def _what_next(state: str) -> str:

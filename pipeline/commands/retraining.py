@@ -84,12 +84,16 @@ def show(
     version: Name = "champion",
     registry: Folder = DEFAULT,
     verify: Annotated[bool, typer.Option("--verify", help="Check every sum.")] = False,
+    run: Annotated[bool, typer.Option("--run", help="Only the run it came from.")] = False,
 ) -> None:
-    """One version as JSON; its folder can be given to every command that takes a run."""
+    """One version as JSON; its folder can be given to every command that reads a run."""
     found = _open(registry)
     one = found.get(version)
     if verify:
         found.verify(one)
+    if run:
+        say(one.origin["run"])
+        return
     titles = {"is": _titles(found.aliases(), one), "files": dict(one.files)}
     say(as_json_text(one.to_json() | titles))
 

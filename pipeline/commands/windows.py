@@ -5,6 +5,7 @@ What the two halves do not know of each other is joined here.
 
 import dataclasses
 import functools
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from pipeline.commands.shell import folder_of, stdout_for_data
-from pipeline.errors import InputError
+from pipeline.errors import DataError
 
 if TYPE_CHECKING:
     from monitoring.alerts import Alert
@@ -91,7 +92,7 @@ class Judge:
         if not labels and (known := known_outcome(self.folder, sha256)) is not None:
             self.retry()
             return known
-        output = self.folder.monitoring / "windows" / f"{sha256[:16]}.scored.parquet"
+        output = self.folder.monitoring / f"scoring-{os.getpid()}.parquet"
         try:
             score(self.folder, self.config, files, output, tell)
             window = read_window([output], labels)
@@ -116,7 +117,6 @@ class Judge:
         from monitoring.profile import read_profile
 
         write_monitor_page(self.folder)
-
         assert outcome.record.id is not None
         row = window_row(outcome.record.measures, len(outcome.alerts))
         self.tracker.log(row, outcome.record.id)
@@ -128,9 +128,14 @@ class Judge:
 def _are_scored(files: list[Path]) -> bool:
     from monitoring.scored_files import read_table
 
-    scored = {path: SCORED <= set(read_table(path).column_names) for path in files}
+    tables = {path: read_table(path) for path in files}
+    if empty := [str(path) for path, table in tables.items() if not table.num_rows]:
+        raise DataError(
+            f"A window needs at least one row, but there is none in {', '.join(empty)}."
+        )
+    scored = {path: SCORED <= set(table.column_names) for path, table in tables.items()}
     if len(set(scored.values())) > 1:
-        raise InputError(
+        raise DataError(
             "A window is raw rows or scored ones, but of these files some are scored, others raw: "
             + ", ".join(
                 f"{path} ({'scored' if is_so else 'raw'})" for path, is_so in scored.items()
@@ -140,6 +145,7 @@ def _are_scored(files: list[Path]) -> bool:
 
 
 def masks_digest_of(folder: "RunFolder", replay: Mapping[str, Any], samples: list[int]) -> str:
+    """Hash of the masks that the passes behind an alert drew for these samples."""
     from pipeline.dropout.lookup import masks_digest
 
     return masks_digest(folder, replay["seed"], replay["num_mc_passes"], samples)

@@ -37,8 +37,8 @@ class DriftConfig(Section):
     """Smallest effect size by test that counts as drift, however small the p-value, such as `{ks: 0.1}`."""
     ignore: list[str] = []
     """Columns that change by nature and are not compared, such as a time."""
-    num_permutations: PositiveInt = 1000
-    """Permutations behind the p-value of the embeddings."""
+    num_permutations: PositiveInt = 10_000
+    """Most permutations behind the p-value of the embeddings; a thousand where they differ little."""
 
 
 class DetectorConfig(Section):
@@ -102,7 +102,7 @@ class RuleConfig(Section):
     """A threshold, a change, or either of them in k of the last n windows, over one measure."""
 
     metric: str
-    """A measure of a window, such as `drift/num_drifted_columns`, `drift/COLUMN/effect`, `drift/COLUMN/mean`, `drift/performance/accuracy`; `*` matches any part."""
+    """A measure of a window, such as `drift/num_drifted_columns`, `drift/COLUMN/effect`, `drift/COLUMN/mean`, `drift/performance/accuracy`, `drift/performance/accuracy_upper` (of its interval); `*` matches any part."""
     above: float | None = None
     """Broken where the measure is greater."""
     below: float | None = None
@@ -118,7 +118,7 @@ class RuleConfig(Section):
     of_windows: PositiveInt = 1
     """n: ... of the last so many windows that have the measure, this one among them."""
     min_rows: PositiveInt = 1
-    """Windows with fewer rows say nothing about this rule."""
+    """Windows with fewer rows (for quality: fewer labels) say nothing about this rule."""
     severity: Severity = "warning"
     """How serious it is."""
     runbook: str = ""
@@ -150,28 +150,28 @@ BUILT_IN_RULES: dict[str, dict[str, Any]] = {
         "runbook": "Look at the columns that moved: did the inputs change, or how they are made?",
     },
     "accuracy_fell": {
-        "metric": "drift/performance/accuracy",
-        "falls_by": 0.1,
+        "metric": "drift/performance/accuracy_upper",
+        "falls_by": 0.05,
         "in_windows": 2,
         "of_windows": 3,
-        "min_rows": 50,
+        "min_rows": 30,
         "severity": "critical",
         "runbook": "Check a few labels by hand; if they are right, retrain or roll back.",
     },
     "estimated_accuracy_fell": {
-        "metric": "drift/performance/estimated_accuracy",
-        "falls_by": 0.1,
+        "metric": "drift/performance/estimated_accuracy_upper",
+        "falls_by": 0.05,
         "in_windows": 2,
         "of_windows": 3,
         "min_rows": 50,
         "runbook": "Estimated from confidences alone: have some rows labelled before acting on it.",
     },
     "calibration_off": {
-        "metric": "drift/performance/ece",
-        "above": 0.2,
+        "metric": "drift/performance/ece_lower",
+        "above": 0.15,
         "in_windows": 2,
         "of_windows": 3,
-        "min_rows": 50,
+        "min_rows": 30,
         "runbook": "Confidences no longer mean what they say: do not act on them; recalibrate.",
     },
 }

@@ -268,6 +268,8 @@ class KeyedDropout:
         if found is None:
             return x
         mask, active, key = found
+        if mask.call in active.idle:
+            return x
         if self.observer is not None:
             self.observer(mask, active, key, x)
         return mask.apply(active, key, x)
@@ -305,8 +307,9 @@ class KeyedDropout:
         if bool(kept.all()):
             return None
         if active is not None and not bool(kept.any()):  # what is inside has no need to draw
-            active.drawn.update(key for key in self._live if key[1].startswith(f"{layer}."))
-            active.drawn.update(key for key in self._live if key[1] == layer)
+            inside = {call for call in self._live if f"{call[1]}.".startswith(f"{layer}.")}
+            active.drawn |= inside
+            active.idle |= inside - {(LAYER, layer, 0)}
         return ~kept
 
     def _stack_draws(self, layer: str, rate: float) -> None:

@@ -45,6 +45,8 @@ class ActiveMasks:
     counters: dict[tuple[str, str], int] = field(default_factory=dict)
     stacks: dict[str, StackInputs] = field(default_factory=dict)
     drawn: set[SiteCall] = field(default_factory=set)
+    idle: set[SiteCall] = field(default_factory=set)
+    """Inside layers left out whole: where such a layer runs all the same, these draw nothing."""
     depth: int = 0
     recomputing: bool = False
 

@@ -21,7 +21,7 @@ from pipeline.evaluation.calibration import apply_temperature
 from pipeline.evaluation.judge import ENTROPIES, Prediction, Scores
 from pipeline.evaluation.ood.registry import CLASS_SOURCES, SCORES, TOKEN_SOURCES
 from pipeline.evaluation.predict import ClassPrediction, TokenPrediction
-from pipeline.modality.bundle import LabelNames, modality_of
+from pipeline.modality.bundle import MODALITIES, LabelNames, modality_of
 from pipeline.records import write_bytes
 
 if TYPE_CHECKING:
@@ -30,16 +30,12 @@ if TYPE_CHECKING:
 SCORED_SCHEMA = "masklock-scored-v1"
 METADATA_KEY = b"masklock"
 EXCERPT_CHARACTERS = 500
-COLUMNS = (
-    *("sample_id", "batch_key", "text", "num_tokens", "unknown_token_share", "embedding"),
-    *("image", "width", "height", "brightness"),
-    "label_mask",
-)
+COLUMNS = ("sample_id", "batch_key", "embedding")
 CLASS_COLUMNS = (
     *("label", "prediction", "correct", "label_log_probability", "disagreement"),
     *("confidence", "deterministic_confidence", "calibrated_confidence"),
 )
-TOKEN_COLUMNS = ("input_ids", "log_probability", "perplexity", "deterministic_perplexity")
+TOKEN_COLUMNS = ("log_probability", "perplexity", "deterministic_perplexity")
 _NOT_IN_SAMPLES = ("batch_key", "input_ids", "label_mask", "image", "embedding")
 _TINY = np.finfo(np.float64).tiny  # stands for a probability of exactly 0: log = -708.4
 
@@ -87,12 +83,13 @@ def scored_table(
     return pa.table(columns)
 
 
-def scored_names(has_classes: bool) -> set[str]:
+def scored_names(task: str, has_classes: bool) -> set[str]:
     """Columns of scored rows, before there are any."""
+    described = MODALITIES[task].described_names
     columns = CLASS_COLUMNS if has_classes else TOKEN_COLUMNS
     sources = CLASS_SOURCES if has_classes else TOKEN_SOURCES
     scores = {name for name, score in SCORES.items() if sources & set(score.sources)}
-    return {*COLUMNS, *columns, *ENTROPIES, *scores}
+    return {*COLUMNS, *described, *columns, *ENTROPIES, *scores}
 
 
 def samples_of(split: str, scored: pa.Table) -> pa.Table:

@@ -225,7 +225,7 @@ def _require_output(output: Path, inputs: Sequence[Path]) -> None:
 
 
 def _require_free_names(rows: "Dataset", config: RunConfig, label_names: LabelNames) -> None:
-    taken = scored_names(label_names is not None)
+    taken = scored_names(modality_of(config).task, label_names is not None)
     if double := [name for name in own_columns(rows, config) if name in taken]:
         raise DataError(
             f"The inputs have columns that scored rows have too: {', '.join(double)}. Rename "

@@ -32,9 +32,16 @@ class Prepare(Protocol):
         config: RunConfig,
         processor: Any,
         label_names: LabelNames,
+        /,
         *,
         max_samples: int | None = None,
     ) -> "Dataset": ...
+
+
+class LoadProcessor(Protocol):
+    """See `Modality.load_processor`."""
+
+    def __call__(self, config: RunConfig, rows: "Dataset | None" = None, /) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -57,7 +64,7 @@ class Modality:
     """Names of the classes, from the training rows; None for tasks without."""
     problems: Callable[["Dataset", DataSource, LabelNames], Iterator[str]]
     """A sentence for each thing wrong in rows with the needed columns; labels only with names."""
-    load_processor: Callable[[RunConfig, "Dataset | None"], Any]
+    load_processor: LoadProcessor
     """What makes model inputs of rows: the model's own tokenizer, image processor or feature
     extractor, or one made from the training rows; without rows, one that is named."""
     fit: Callable[["PreTrainedConfig", Any, RunConfig], None]
@@ -71,6 +78,8 @@ class Modality:
     described: Callable[["Dataset", Any], dict[str, "pa.Array"]]
     """From prepared samples and the processor: what scored rows say of their input, `text` among
     it, and what it takes to make it again (`image`, `input_ids`)."""
+    described_names: tuple[str, ...]
+    """The columns that `described` gives."""
     prepare: Prepare
     """Adds model inputs and `sample_id`, the sample's number in its whole split, and keeps `text`.
 

@@ -220,6 +220,7 @@ CHAT = register(
         load_processor=load_chat_tokenizer,
         judge=judge,
         described=described_conversations,
+        described_names=(*TEXT_GENERATION.described_names, "label_mask"),
         problems=conversation_problems,
         prepare=prepare_conversations,
         notes=classification_notes,

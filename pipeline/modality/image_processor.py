@@ -80,11 +80,11 @@ def _from_scratch(config: RunConfig) -> Any:
     from transformers import AutoConfig
     from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-    overrides = config.model.config_overrides
-    default = AutoConfig.for_model(config.model.model_type, **overrides)
+    model_type = str(config.model.model_type)
+    default: Any = AutoConfig.for_model(model_type, **config.model.config_overrides)
     size = getattr(default, "image_size", None) or 32
     height, width = size if isinstance(size, list | tuple) else (size, size)
-    grey = {"image_mean": GREY_MEAN, "image_std": GREY_STD, "do_convert_rgb": False}
-    return ViTImageProcessorPil(
-        size={"height": height, "width": width}, **(grey if default.num_channels == 1 else {})
-    )
+    options: dict[str, Any] = {"size": {"height": height, "width": width}}
+    if default.num_channels == 1:
+        options |= {"image_mean": GREY_MEAN, "image_std": GREY_STD, "do_convert_rgb": False}
+    return ViTImageProcessorPil(**options)

@@ -56,8 +56,8 @@ def encoded(value: Any) -> bytes:
 def _refuse_unusual(image: Image.Image) -> None:
     if image.width * image.height > MAX_PIXELS:
         raise BadSample(f"{image.width} x {image.height} pixels: taken for a decompression bomb")
-    if getattr(image, "n_frames", 1) > 1:
-        raise BadSample(f"animated: {image.n_frames} frames; save the one that counts")
+    if (num_frames := getattr(image, "n_frames", 1)) > 1:
+        raise BadSample(f"animated: {num_frames} frames; save the one that counts")
     if image.mode not in MODES:
         raise BadSample(f"colour mode {image.mode}; save it as 8-bit grey or RGB")
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 PAD_MULTIPLE = 8  # widths that tensor cores and vector units like
 IN_MEMORY_BYTES = 2**30
 PADDING = -1  # in packed rows, the sample_id of what belongs to no document
+TEXT_COLUMNS = ("text", "num_tokens", "unknown_token_share")
 SCALARS = ("labels", "sample_id", "domain", "mask_step")  # one number a row
 
 
@@ -351,6 +352,7 @@ TEXT_CLASSIFICATION = register(
         lengths=token_lengths,
         judge=None,
         described=described_text,
+        described_names=TEXT_COLUMNS,
         label_names=lambda rows, source: label_names_of(rows, source.label_column_name),
         problems=classification_problems,
         prepare=prepare_classification,
@@ -376,6 +378,7 @@ TEXT_GENERATION = register(
         lengths=token_lengths,
         judge=None,
         described=described_blocks,
+        described_names=(*TEXT_COLUMNS, "input_ids"),
         label_names=lambda rows, source: None,
         problems=generation_problems,
         prepare=prepare_blocks,

@@ -156,6 +156,7 @@ IMAGE_CLASSIFICATION = register(
         lengths=lambda rows: [1] * len(rows),
         judge=lambda row: decode_image(row[IMAGE]),
         described=described_images,
+        described_names=("text", "image", "width", "height", "brightness"),
         loss=losses.classification_loss,
         eval_sums=losses.classification_sums,
         eval_metrics=losses.classification_metrics,

@@ -203,13 +203,15 @@ def weight_difference(
     """Largest difference relative to a tensor's largest weight, and the tensor.
 
     Relative to `step_size` where that is larger: a bias that began at 0 and whose gradient is 0 in
-    theory (that of attention's keys) holds nothing but rounding, moved by AdamW.
+    theory (that of attention's keys) holds nothing but rounding, moved by AdamW. Of tied weights,
+    one tensor under several names in `expected`, one may be stored alone.
     """
-    if found.keys() != expected.keys():
-        names = sorted(found.keys() ^ expected.keys())
+    stored = {id(expected[name]) for name in found if name in expected}
+    missing = {name for name in expected if id(expected[name]) not in stored}
+    if names := sorted(missing | (found.keys() - expected.keys())):
         return float("inf"), f"{names[0]} is not in both"
     worst = (0.0, "")
-    for name, weight in expected.items():
+    for name, weight in ((name, expected[name]) for name in found):
         scale = weight.abs().max().clamp(min=max(step_size, 1e-8))
         difference = float((found[name] - weight).abs().max() / scale)
         if isnan(difference):

@@ -42,16 +42,22 @@ class Layout:
         return all(self.preset(start) is None for start in range(len(self.num_processes)))
 
 
-def default_layouts(num_devices: int) -> tuple[list[Layout], list[str]]:
-    """What this machine can run, and a sentence about what it cannot.
+def default_layouts(num_devices: int, learns: bool = False) -> tuple[list[Layout], list[str]]:
+    """What this machine can run of a configuration, and a sentence about what it cannot.
 
     Args:
         num_devices: accelerators that processes may take; 0: they run on the CPU.
+        learns: whether rates are learned, which engines that cut up weights refuse.
     """
     n = 1 if num_devices == 1 else 2
-    names = ["single", "accumulate:4", "checkpointing", "padding", f"ddp:{n}", f"fsdp2:{n}"]
-    names += [f"resume:1-{n}", f"resume:{n}-1" if n > 1 else "accumulate:2"]
-    zero, notes = [f"zero2:{n}", f"zero3:{n}"], []
+    cutting, whole, notes = [f"fsdp2:{n}", f"zero3:{n}"], ["accumulate:8", f"zero1:{n}"], []
+    if learns:
+        notes.append(
+            f"{' and '.join(cutting)} are left out: learned rates need each layer's whole weights, "
+            f"which these engines cut up; {' and '.join(whole)} take their places"
+        )
+    sharded, last_zero = whole if learns else cutting
+    zero = [f"zero2:{n}", last_zero]
     if importlib.util.find_spec("deepspeed") is None:
         notes.append(
             f"{' and '.join(zero)} are left out: the package deepspeed is not installed "
@@ -62,7 +68,9 @@ def default_layouts(num_devices: int) -> tuple[list[Layout], list[str]]:
         notes.append(
             "several processes are left out: one device is visible (train.use_cpu=true runs them)"
         )
-    return parse_layouts(",".join(names[:-2] + zero + names[-2:])), notes
+    names = ["single", "accumulate:4", "checkpointing", "padding", f"ddp:{n}", sharded, *zero]
+    names += [f"resume:1-{n}", f"resume:{n}-1" if n > 1 else "accumulate:2"]
+    return parse_layouts(",".join(names)), notes
 
 
 def parse_layouts(text: str) -> list[Layout]:

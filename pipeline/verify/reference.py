@@ -178,7 +178,10 @@ def trained_weights(model: nn.Module) -> dict[str, Tensor]:
         from peft import get_peft_model_state_dict
 
         return {k: v.detach().cpu().clone() for k, v in get_peft_model_state_dict(model).items()}
-    return {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
+    copies: dict[Tensor, Tensor] = {}  # tied weights stay one tensor
+    for value in model.state_dict(keep_vars=True).values():
+        copies.setdefault(value, value.detach().cpu().clone())
+    return {name: copies[value] for name, value in model.state_dict(keep_vars=True).items()}
 
 
 def saved_weights(folder: Path) -> dict[str, Tensor]:

@@ -66,7 +66,7 @@ def verify_sync(config: RunConfig, layouts: list[Layout] | None, say: Say) -> li
     """
     num_devices = parallel.visible_devices(config.train.use_cpu)
     if layouts is None:
-        layouts, notes = default_layouts(num_devices)
+        layouts, notes = default_layouts(num_devices, config.dropout.learns())
         for note in notes:
             say(note)
     with tempfile.TemporaryDirectory(prefix="masklock-verify-") as scratch:

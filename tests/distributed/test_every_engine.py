@@ -28,6 +28,22 @@ def test_two_processes_of_an_engine_train_as_one_process(folder, engine):
         assert any(name.endswith("_optim_states.pt") for name in manifest["files"])
 
 
+LAYER_DROP = (
+    "model.model_type=opt",
+    "model.task=text-generation",
+    "model.config_overrides={hidden_size: 32, num_hidden_layers: 3, num_attention_heads: 2, "
+    "ffn_dim: 64, max_position_embeddings: 32, word_embed_proj_dim: 32}",
+    "dropout={layer: 0.5, hidden: 0.1}",
+)
+
+
+@pytest.mark.drill
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "zero3"], indirect=True)
+def test_two_processes_leave_out_the_layers_that_the_plain_loop_leaves_out(folder, engine):
+    """No process waits for the gradient of a layer left out; sharded layers run for nothing."""
+    assert folder.verify_sync(f"{engine}:2", *LAYER_DROP) == [(f"{engine}:2", "equal", [])]
+
+
 def losses(folder, name):
     lines = (folder.run(name) / "metrics.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]

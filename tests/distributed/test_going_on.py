@@ -33,7 +33,6 @@ def test_a_run_of_one_process_goes_on_with_two_and_passes_over_a_torn_save(folde
 
 
 @pytest.mark.drill
-@pytest.mark.timeout(400)
 @pytest.mark.parametrize("engine", ["cpu", "fsdp2", "zero1", "zero2", "zero3", "zero3_offload"])
 @pytest.mark.usefixtures("needs_deepspeed")
 def test_from_one_process_to_two_and_back_to_one(folder, engine):
@@ -47,7 +46,6 @@ def test_from_one_process_to_two_and_back_to_one(folder, engine):
 
 
 @pytest.mark.drill
-@pytest.mark.timeout(400)
 @pytest.mark.parametrize(
     ("first", "then", "carries_optimizer"),
     [

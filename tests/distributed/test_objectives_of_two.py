@@ -1,8 +1,5 @@
 """Learned rates and R-Drop on two processes: the plain loop's masks, gradients, rates, weights."""
 
-import json
-import sys
-
 import pytest
 
 OBJECTIVES = ("dropout.hidden={rate: 0.2, learned: true}", "train.r_drop_alpha=1.0")
@@ -10,11 +7,7 @@ OBJECTIVES = ("dropout.hidden={rate: 0.2, learned: true}", "train.r_drop_alpha=1
 
 @pytest.mark.drill
 def test_learned_rates_and_r_drop_of_two_processes_are_those_of_the_plain_loop(folder):
-    command = [sys.executable, "-m", "pipeline", "verify-sync", "run.yaml", *OBJECTIVES]
-    ended = folder.execute([*command, "--layouts", "ddp:2", "--json"])
-    assert ended.code == 0, ended.text
-    found, _ = json.JSONDecoder().raw_decode(ended.text, ended.text.index('{\n  "layouts"'))
-    assert [layout["state"] for layout in found["layouts"]] == ["equal"]
+    assert folder.verify_sync("ddp:2", *OBJECTIVES) == [("ddp:2", "equal", [])]
 
 
 @pytest.mark.drill

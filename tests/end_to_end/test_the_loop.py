@@ -265,8 +265,17 @@ def test_the_gate_has_judged_both_on_the_same_rows_and_masks(registered):
     assert judged["missing"] == {}
 
 
-def test_bad_windows_after_the_promotion_roll_it_back(registered):
+def test_the_two_are_compared_by_hand_as_the_gate_did(registered):
+    [bench] = (registered.folder / "retrain" / "small").glob("*/champion")
     run = registered.champion()["origin"]["run"]
+    code, said = registered.masklock("compare", bench, run, "--json")
+    found = json.loads(said)
+    assert (code, found["same_masks"], found["num_unpaired"]) == (0, True, 0)
+    assert "nll " in registered.masklock("compare", bench, run)[1]
+
+
+def test_bad_windows_after_the_promotion_roll_it_back(registered):
+    run = registered.registry("show", "--run").strip()
     for seed in (50, 51):
         window = registered.write(f"bad-{seed}", 80, seed, share=0.9, labelled=False)
         registered.masklock("monitor", run, "--window", window)

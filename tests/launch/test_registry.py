@@ -1,8 +1,8 @@
 """The registry of models: versions that do not change, aliases that move whole, any kill mended."""
 
 import json
-import multiprocessing
 import os
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -153,15 +153,9 @@ def _promote_in_turn(folder: Path, names: list[str]) -> None:
 
 
 def test_promoters_at_the_same_time_leave_every_change_in_the_journal(registry, three):
-    context = multiprocessing.get_context("fork")
-    racers = [
-        context.Process(target=_promote_in_turn, args=(registry.folder, order))
-        for order in (three, three[::-1])
-    ]
-    for racer in racers:
-        racer.start()
-    for racer in racers:
-        racer.join()
+    with ThreadPoolExecutor() as racers:
+        for order in (three, three[::-1]):
+            racers.submit(_promote_in_turn, registry.folder, order)
     numbers = [change["number"] for change in registry.journal()]
     assert numbers == list(range(1, registry.aliases().number + 1))
     before = [change["before"] for change in registry.journal()][1:]

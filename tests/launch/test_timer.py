@@ -10,6 +10,8 @@ from croniter import croniter
 
 from launch.schedule import _CRON, Schedule
 from launch.timer import Retraining, cron_lines, systemd_units
+from pipeline.__main__ import app
+from pipeline.errors import ConfigError
 
 needs_systemd = pytest.mark.skipif(
     shutil.which("systemd-analyze") is None, reason="systemd-analyze is not on this machine"
@@ -80,16 +82,25 @@ def test_secrets_stay_in_a_file_of_the_users(retraining, monkeypatch):
     assert "canary" not in text
 
 
-def test_units_land_where_they_are_asked_for(tmp_path, monkeypatch, capsys):
-    from pipeline.__main__ import app
+ROOT = Path(__file__).resolve().parents[2]
+POLICY = "configs/monitoring/retrain.yaml"
 
-    policy = tmp_path / "nightly.yaml"
-    policy.write_text("a: 1\n")
-    monkeypatch.chdir(tmp_path)
-    app(
-        ["launch", "systemd", str(policy), "--output", str(tmp_path / "units")],
-        standalone_mode=False,
-    )
-    names = {path.name for path in Path(tmp_path / "units").iterdir()}
-    assert names == {"masklock-retrain-nightly.service", "masklock-retrain-nightly.timer"}
-    assert "enable --now masklock-retrain-nightly.timer" in capsys.readouterr().out
+
+def test_units_land_where_they_are_asked_for(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    app(["launch", "systemd", POLICY, "--output", str(tmp_path)], standalone_mode=False)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {
+        "masklock-retrain-quickstart.service",
+        "masklock-retrain-quickstart.timer",
+    }
+    assert "enable --now masklock-retrain-quickstart.timer" in capsys.readouterr().out
+
+
+def test_a_policy_with_a_mistake_is_not_scheduled(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    broken = tmp_path / "broken.yaml"
+    broken.write_text(Path(POLICY).read_text().replace("start_from: base", "start_from: nothing"))
+    with pytest.raises(ConfigError, match="start_from"):
+        app(["launch", "systemd", str(broken), "--output", str(tmp_path)], standalone_mode=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["broken.yaml"]

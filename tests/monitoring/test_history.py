@@ -117,9 +117,17 @@ def test_alerts_are_found_by_state_and_time(history):
 def test_the_first_acknowledgement_stands_and_an_unknown_alert_is_refused(history):
     history.add_window(record(1), {}, [alert(1)])
     history.acknowledge(alert(1).id, "ann", "", START)
-    assert history.acknowledge(alert(1).id, "bob", "", START).acknowledged["by"] == "ann"
+    assert history.acknowledge(alert(1).id, "bob", "", START)[0].acknowledged["by"] == "ann"
     with pytest.raises(DataError, match="begins with 'zzz', but 0 do"):
         history.acknowledge("zzz", "ann", "", START)
+
+
+def test_an_acknowledgement_is_one_of_the_repeats_too(history):
+    history.add_window(record(1), {}, [alert(1), alert(2, repeats=alert(1).id), alert(3)])
+    marked = history.acknowledge(alert(1).id, "ann", "", START)
+    assert [one.id for one in marked] == [alert(1).id, alert(2).id]
+    assert [one.id for one in history.alerts("open")] == [alert(3).id]
+    assert history.num_repeats() == {alert(1).id: 1}
 
 
 def test_a_process_killed_at_any_moment_leaves_whole_windows(path):

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 
 import pyarrow.parquet as pq
@@ -19,7 +20,7 @@ from monitoring.scored import read_window
 from monitoring.sinks import DeliveryError
 from pipeline.config.load import load_config
 from pipeline.config.schema import RunConfig
-from pipeline.errors import DataError
+from pipeline.errors import DataError, HistoryError
 from pipeline.records import read_jsonl
 
 START = datetime(2026, 5, 4, tzinfo=UTC)
@@ -154,6 +155,13 @@ def test_a_clock_that_goes_backwards_changes_no_judgement(judge, history):
     assert [window.id for window in history.windows()] == [1, 2, 3]
 
 
+def test_windows_judged_at_once_take_turns_and_no_state_is_lost(judge, history):
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda seed: judge(f"{seed}", seed=seed), range(1, 5)))
+    assert [window.id for window in history.windows()] == [1, 2, 3, 4]
+    assert history.detector_state("doubt")["state"]["num_runs"] == 4
+
+
 def test_copies_of_windows_are_kept_for_open_alerts_and_the_newest_others(judge, watched_run):
     for seed in (1, 2, 3):
         judge(f"{seed}", ["monitoring.keep_windows=1"], seed=seed, moved=1)
@@ -164,6 +172,16 @@ def test_copies_of_windows_are_kept_for_open_alerts_and_the_newest_others(judge,
             history.acknowledge(alert.id, "ann", "", START)
     judge("4", ["monitoring.keep_windows=1"], seed=4)
     assert len(list(kept.iterdir())) == 1
+
+
+def test_a_copy_that_cannot_be_kept_leaves_no_window_half_recorded(judge, watched_run, history):
+    in_the_way = watched_run.monitoring / "windows"
+    in_the_way.touch()
+    with pytest.raises(HistoryError, match="Nothing was recorded; run again"):
+        judge("strange", seed=1, moved=1)
+    assert history.windows() == history.alerts() == judge.told == []
+    in_the_way.unlink()
+    assert judge("strange", seed=1, moved=1).alerts
 
 
 KILLER = """

@@ -96,6 +96,14 @@ def test_the_same_rule_is_sent_once_in_so_many_hours(history):
     assert history.num_repeats() == {first[0]: 1}
 
 
+def test_what_repeats_an_acknowledged_alert_is_acknowledged_itself(history):
+    post = Post(history)
+    [first] = post.raise_alerts("a")
+    history.acknowledge(first, "ann", "known", START)
+    post.raise_alerts("a", "b")
+    assert [one.state for one in history.alerts()] == ["acknowledged", "acknowledged", "open"]
+
+
 def test_alerts_over_the_limit_of_a_day_are_held_and_sent_when_there_is_room(history):
     post = Post(history, max_alerts_a_day=2)
     ids = post.raise_alerts("a", "b", "c", "d", "e")

@@ -58,6 +58,16 @@ def test_windows_without_the_measure_or_with_few_rows_do_not_count():
     assert findings(rule, small)
 
 
+def test_few_labels_say_nothing_about_quality_however_many_rows_there_are():
+    metric = "drift/performance/accuracy"
+    rule = {"metric": metric, "below": 0.5, "min_rows": 50}
+    for num_labelled, broken in ((3, False), (50, True)):
+        measures = {metric: 0.1, "drift/num_labelled": num_labelled}
+        assert (
+            bool(findings(rule, [WindowRecord("", "", 200, "quiet", measures=measures)])) == broken
+        )
+
+
 def test_previous_windows_are_a_baseline_once_there_are_three():
     rule = {"falls_by": 0.5, "baseline": "previous"}
     assert not findings(rule, windows(10, 10, 1))

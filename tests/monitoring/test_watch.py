@@ -102,8 +102,9 @@ def test_a_bad_file_is_refused_once_and_judged_again_when_it_is_another(watched)
     assert watched.judged[-1] == ("bad.csv", "more rows")
 
 
-def test_what_may_pass_is_tried_again_at_the_next_round(watched):
-    watched.faults["a.csv"] = HistoryError("the disk is full")
+@pytest.mark.parametrize("error", [HistoryError, OSError])
+def test_what_may_pass_is_tried_again_at_the_next_round(watched, error):
+    watched.faults["a.csv"] = error("the disk is full")
     watched.put("a.csv")
     watched.run_until(lambda: len(watched.judged) >= 2)
     watched.faults.clear()

@@ -15,6 +15,7 @@ from pipeline.config.schema import RunConfig
 from pipeline.data import load_raw, prepare_data
 from pipeline.dropout.context import KeyedDropout
 from pipeline.errors import InputError
+from pipeline.evaluation.samples import scored_names
 from pipeline.evaluation.score import rescore, score
 from pipeline.evaluation.stage import evaluate
 from pipeline.modality.bundle import modality_of
@@ -144,6 +145,7 @@ def test_scoring_gives_what_the_evaluation_gave_without_the_templates_file(finis
     test_file = config.data.data_files["test"]
     table = score(run, config, [test_file], tmp_path / "scored.parquet")
     assert table.equals(reference, check_metadata=True)
+    assert {*table.column_names} == {*scored_names("conversations", False), "channel"}
     assert set(table["channel"].to_pylist()) == {"web"}
     again = rescore(run, config, table, [5, 1])
     columns = [name for name in again.column_names if name in table.column_names]

@@ -1,6 +1,7 @@
 """Who may work: the lock of this machine, the lease among machines, what a late process may do."""
 
 import sqlite3
+import time
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
 
@@ -101,3 +102,15 @@ def test_damage_and_later_versions_are_explained(tmp_path, clock):
         late.execute("PRAGMA user_version = 9")
     with pytest.raises(InputError, match="is of version 9"):
         Store(tmp_path / "late.sqlite", clock)
+
+
+def test_a_holder_at_work_is_heard_of(store, clock):
+    with held(store, clock, lease_seconds=0.2):
+        clock.time += timedelta(hours=1)
+        for _ in range(200):
+            with closing(sqlite3.connect(store.path)) as other:
+                (seen,) = other.execute("SELECT seen FROM holder").fetchone()
+            if seen == clock.time.isoformat():
+                return
+            time.sleep(0.02)
+    pytest.fail("no heartbeat")

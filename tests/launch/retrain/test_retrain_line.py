@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from retraining_doubles import samples
 
 from launch.retrain.evidence import read_windows
 from launch.retrain.store import Store
@@ -74,6 +75,28 @@ def test_a_metric_that_is_missing_rejects(world):
     assert "nll is missing: the first run has no column" in past(world)[0].reason
 
 
+def test_runs_that_cannot_be_compared_reject_with_the_reason(world, monkeypatch):
+    def other_texts(test, accuracy):
+        found = samples(test, accuracy)
+        texts = [f"{text} {accuracy}" for text in found["text"].to_pylist()]
+        return found.set_column(2, "text", [texts])
+
+    monkeypatch.setattr("retraining_doubles.samples", other_texts)
+    drift(world)
+    assert run(world) == 0
+    assert past(world)[0].state == "rejected"
+    assert "60 of 60 samples have another text" in past(world)[0].reason
+
+
+def test_a_tokenizer_that_would_be_trained_is_the_champions(world):
+    champion = world.registry.get("champion").folder
+    drift(world)
+    run(world)
+    config = world.plan().folder / f"0001-{past(world)[0].key[:8]}" / "config.yaml"
+    tokenizer = json.loads(config.read_text())["model"]["tokenizer_name_or_path"]
+    assert tokenizer == str(champion / "model")
+
+
 def test_bad_windows_after_a_promotion_roll_it_back(world):
     before = world.registry.aliases().champion
     drift(world)
@@ -141,6 +164,16 @@ def test_a_stopped_stage_goes_on_at_the_next_tick(world):
     assert past(world)[0].state == "training"
     assert run(world) == 0
     assert past(world)[0].state == "promoted"
+
+
+def test_a_recipe_that_changes_meanwhile_does_not_reach_what_was_begun(world):
+    drift(world)
+    world.codes = [0, 75]
+    run(world)
+    world.recipe |= {"output_dir": str(world.folder / "elsewhere"), "name": "other"}
+    assert run(world) == 0
+    (one,) = past(world)
+    assert (one.state, Path(one.facts["run"]).parent) == ("promoted", world.folder / "runs")
 
 
 def test_new_labels_are_trained_on_with_old_rows(world):

@@ -70,3 +70,16 @@ def test_equal_rows_and_far_origins_do_no_harm(offset):
     rows = np.full((20, 3), offset, dtype=np.float32)
     found = mmd(rows, rows, num_permutations=9, seed=0)
     assert (found.p_value, found.effect) == (1.0, 0.0)
+
+
+def test_a_clear_difference_is_known_more_finely_than_a_thousand_permutations_can():
+    found = mmd(REFERENCE, WINDOW + 2, num_permutations=5000, seed=0)
+    assert found.p_value == 1 / 5001
+
+
+def test_no_difference_is_told_by_the_first_thousand():
+    rows = np.random.default_rng(3).normal(size=(90, 3))
+    found = mmd(rows[:50], rows[50:], num_permutations=5000, seed=0)
+    first = mmd(rows[:50], rows[50:], num_permutations=1000, seed=0)
+    assert found == first
+    assert found.p_value > 10 / 1001

@@ -102,6 +102,15 @@ def test_columns_of_the_user_are_judged_missing_values_included():
     assert quiet.drifted == []
 
 
+def test_a_score_that_repeats_another_column_is_judged_once():
+    twins = {"mc_msp": 1 - np.linspace(0, 1, 300), "predictive_entropy": np.linspace(0, 1, 300)}
+    twins["mc_predictive_entropy"] = twins["predictive_entropy"]
+    table = scored(300, 1, **twins)
+    names = [column.column for column in judged(table, reference=scored(300, 2, **twins)).columns]
+    assert "predictive_entropy" in names
+    assert not {"mc_predictive_entropy", "mc_msp"} & set(names)
+
+
 @pytest.mark.parametrize("num_rows", [1, 2, 49])
 def test_small_windows_say_that_they_are_small(num_rows):
     found = judged(scored(num_rows, 9))

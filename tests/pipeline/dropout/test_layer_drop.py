@@ -96,6 +96,19 @@ def test_ddp_waits_for_no_parameter_of_a_layer_left_out(bind, tokens, tmp_path):
     assert all(p.grad.eq(0).all() for p in layer.parameters())
 
 
+def test_a_layer_left_out_that_runs_all_the_same_draws_no_masks(bind, tokens):
+    bound, seen = bind("opt", {"layer": 1.0, "hidden": 0.2, "attention": 0.2}), []
+    bound.keyed.observer = lambda mask, active, key, x: seen.append(mask.site.label)
+    bound.model.train()
+    for layer in bound.model.model.decoder.layers:
+        next(layer.parameters()).ds_id = 1  # as under ZeRO-3
+    with bound.keyed.context(purpose="train", index=0, row_ids=torch.arange(3)) as active:
+        bound.model(**tokens())
+    assert bound.keyed.missing(active) == []
+    assert f"{LAYER}#layer" in seen
+    assert not [site for site in seen if LAYER in site and not site.endswith("#layer")]
+
+
 class Layer(nn.Linear):
     ran = 0
 

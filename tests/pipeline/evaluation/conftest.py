@@ -17,6 +17,7 @@ from pipeline.evaluation.forward import bare_model
 from pipeline.evaluation.mc_dropout import MonteCarlo
 from pipeline.evaluation.predict import Predictor
 from pipeline.evaluation.stage import evaluate
+from pipeline.modality.language import token_lengths
 from pipeline.modality.tokenizer import load_tokenizer
 from pipeline.model import build_model, plan_for
 from pipeline.records import RunFolder, write_json
@@ -84,6 +85,7 @@ def make_predictor():
             MonteCarlo(keyed, num_passes, **options),
             batch_size=batch_size,
             has_classes=has_classes,
+            lengths=token_lengths,
         )
 
     return make

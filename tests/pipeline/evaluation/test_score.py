@@ -67,7 +67,7 @@ def test_scoring_the_test_rows_gives_what_the_evaluation_gave(evaluated, tmp_pat
 
 def test_scored_rows_have_their_columns_and_say_where_they_come_from(evaluated):
     table, has_classes = evaluated.reference, "label" in evaluated.reference.column_names
-    assert set(own(table).column_names) == scored_names(has_classes)
+    assert set(own(table).column_names) == scored_names(evaluated.config.model.task, has_classes)
     about = json.loads(table.schema.metadata[b"masklock"])
     assert about["schema"] == "masklock-scored-v1"
     assert about["model_version"] == model_version(evaluated.run)

@@ -4,8 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 
 from pipeline.verify.compare import Outcome, Record, compare, gradient_difference
+from pipeline.verify.reference import trained_weights
 
 MASKS = {
     "0": {"a#0": {"5": "x", "9": "y"}, "b#0": {"5": "z", "9": "w"}},
@@ -78,6 +80,24 @@ def test_other_weights_are_named_by_the_tensor(value):
     weights = WEIGHTS | {"w": torch.tensor([value, -2.0])}
     assert said_of(weights=weights).endswith("most in w")
     assert "b is not in both" in said_of(weights={"w": WEIGHTS["w"]})
+
+
+def test_tied_weights_may_be_stored_once_but_not_left_out():
+    expected = replace(SAME, weights=WEIGHTS | {"head": WEIGHTS["w"]})
+    assert compare("ddp:2", SAME, expected, 1.0).equal
+    assert compare("ddp:2", expected, expected, 1.0).equal
+    untied = replace(SAME, weights=WEIGHTS | {"head": WEIGHTS["w"].clone()})
+    assert "head is not in both" in "".join(compare("ddp:2", SAME, untied, 1.0).differences)
+
+
+def test_the_plain_loop_keeps_tied_weights_one_tensor():
+    model = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2), "c": nn.Linear(2, 2)})
+    model["b"].weight = model["a"].weight
+    found = trained_weights(model)
+    assert found["a.weight"] is found["b.weight"]
+    assert found["a.weight"].equal(model["a"].weight)
+    assert found["c.weight"].equal(model["c"].weight)
+    assert found["c.weight"].data_ptr() != model["c"].weight.data_ptr()
 
 
 def test_a_failed_layout_keeps_its_last_lines():

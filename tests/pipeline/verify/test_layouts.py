@@ -48,6 +48,17 @@ def test_every_machine_gets_at_least_eight_layouts(monkeypatch, num_devices, has
     assert max(max(layout.num_processes) for layout in layouts) == (1 if num_devices == 1 else 2)
 
 
+@pytest.mark.parametrize("num_devices", [0, 1])
+def test_engines_that_refuse_learned_rates_are_left_out_and_said_so(run_config, num_devices):
+    learned = run_config(dropout={"insert": {"hidden": {"rate": 0.1, "learned": True}}})
+    assert learned.dropout.learns()
+    assert not run_config(dropout={"hidden": 0.1}).dropout.learns()
+    layouts, (note, *_) = default_layouts(num_devices, learned.dropout.learns())
+    assert len(layouts) >= 8
+    assert not {layout.engine for layout in layouts} & {"fsdp2", "zero3"}
+    assert "are left out: learned rates need each layer's whole weights" in note
+
+
 def test_only_starts_of_several_processes_or_an_engine_are_launched():
     resume, zero = parse_layouts("resume:1-2,zero3:1")
     assert [resume.preset(0), resume.preset(1), zero.preset(0)] == [None, "ddp", "zero3"]
