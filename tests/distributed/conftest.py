@@ -34,26 +34,11 @@ wandb: {mode: disabled}
 """
 
 
-def pytest_collection_modifyitems(config, items):
-    """Drills take minutes: they run by `make drills`. Tests that launch have time for it."""
+def pytest_collection_modifyitems(items):
+    """Tests that launch have time for it."""
     for item in items:
         if item.path.parent == Path(__file__).parent:
             item.add_marker(pytest.mark.timeout(TEST_SECONDS))
-    if "drill" in (config.option.markexpr or ""):
-        return
-    drills = [item for item in items if item.get_closest_marker("drill")]
-    if drills:
-        config.hook.pytest_deselected(items=drills)
-        items[:] = [item for item in items if item not in drills]
-        config.stash[_LEFT_OUT] = len(drills)
-
-
-def pytest_report_collectionfinish(config):
-    count = config.stash.get(_LEFT_OUT, 0)
-    return f"{count} drills left out, they take minutes: make drills" if count else []
-
-
-_LEFT_OUT = pytest.StashKey[int]()
 
 
 @dataclass(frozen=True)
@@ -86,7 +71,9 @@ class Folder:
         """Of every layout, its state and in what it differs."""
         command = [sys.executable, "-m", "pipeline", "verify-sync", "run.yaml", *words]
         ended = self.execute([*command, "--layouts", layouts, "--json"])
-        found, _ = json.JSONDecoder().raw_decode(ended.text, ended.text.index('{\n  "layouts"'))
+        begun = ended.text.find('{\n  "layouts"')
+        assert begun >= 0, ended.text
+        found, _ = json.JSONDecoder().raw_decode(ended.text, begun)
         return [(each["layout"], each["state"], each["differences"]) for each in found["layouts"]]
 
     def under_torchrun(self, script, *words):

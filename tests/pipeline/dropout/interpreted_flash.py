@@ -66,12 +66,12 @@ def masks(kind):
 @pytest.mark.parametrize(
     ("kind", "dtype", "kv_heads"),
     [
-        ("none", torch.float32, H),
-        ("causal", torch.float32, H // 2),
+        pytest.param("none", torch.float32, H, marks=pytest.mark.drill),
+        pytest.param("causal", torch.float32, H // 2, marks=pytest.mark.drill),
         ("left padding", torch.float32, H),
-        ("bias", torch.float32, H // 2),
+        pytest.param("bias", torch.float32, H // 2, marks=pytest.mark.drill),
         ("causal", torch.bfloat16, H // 2),
-        ("causal", torch.float16, H),
+        pytest.param("causal", torch.float16, H, marks=pytest.mark.drill),
     ],
     ids=str,
 )
@@ -92,12 +92,17 @@ def test_outputs_and_gradients_are_those_of_plain_attention(kind, dtype, kv_head
         assert error < tolerance
 
 
-def test_the_mask_is_that_of_the_cpu_bit_for_bit():
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_the_mask_is_that_of_the_cpu_bit_for_bit(is_packed):
     """Equal scores and an identity of values: what comes out is the mask itself."""
     q, k = torch.zeros(B, H, Q, 16), torch.zeros(B, H, K, 16)
     v = torch.eye(K).expand(B, H, K, K)
-    kept = flash_attention(q, k, v, None, coordinates(), 1.0, 9) != 0
-    assert kept.equal(keyed_attention(torch.ones(B, H, Q, K), *coordinates(), 9) != 0)
+    keys, ids, queries, places, *limits = coordinates()
+    if is_packed:  # several documents a row, each with its own id and its own positions
+        ids, queries, places = ids + torch.arange(Q) // 7, queries % 7, places % 11
+    row = (keys, ids, queries, places, *limits)
+    kept = flash_attention(q, k, v, None, row, 1.0, 9) != 0
+    assert kept.equal(keyed_attention(torch.ones(B, H, Q, K), *row, 9) != 0)
 
 
 def test_values_may_lie_anywhere_in_memory():
@@ -117,7 +122,13 @@ def test_a_row_that_means_nothing_is_no_number(place, value):
 
 
 @pytest.mark.parametrize(
-    ("family", "fused"), [("llama", True), ("bert", True), ("t5", False), ("gemma2", False)]
+    ("family", "fused"),
+    [
+        pytest.param("llama", True, marks=pytest.mark.drill),
+        ("bert", True),
+        ("t5", False),
+        ("gemma2", False),
+    ],
 )
 def test_a_model_takes_the_kernel_where_it_gives_what_eager_gives(
     config_of, monkeypatch, family, fused

@@ -22,8 +22,11 @@ CONSTANTS = {"HAS_MASK": True, "Q": 64, "K": 64, "D": 64, "E": 64}
 
 
 @needs_triton
-def test_the_interpreted_kernel_gives_plain_attention():
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("cases", ["not drill", pytest.param("drill", marks=pytest.mark.drill)])
+def test_the_interpreted_kernel_gives_plain_attention(cases):
     command = [sys.executable, "-m", "pytest", str(INTERPRETED), "-p", "no:cacheprovider"]
+    command += ["-m", cases]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr

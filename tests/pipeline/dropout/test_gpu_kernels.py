@@ -22,10 +22,13 @@ CONSTANTS = ("LANES", "ROWS", "BLOCKS")
 
 
 @needs_triton
-def test_the_interpreted_kernel_draws_the_bits_of_the_others():
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("cases", ["not drill", pytest.param("drill", marks=pytest.mark.drill)])
+def test_the_interpreted_kernel_draws_the_bits_of_the_others(cases):
     command = [sys.executable, "-m", "pytest", str(INTERPRETED), "-p", "no:cacheprovider"]
+    command += ["-m", cases]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=110)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "skipped" not in done.stdout
 
