@@ -61,6 +61,7 @@ def _content(run: Run, production: Production | None) -> dict[str, Any]:
         "curves": shown(figures.curve_charts(run)),
         "calibration": _calibration(run),
         "uncertainty": _uncertainty(run),
+        "memorisation": _memorisation(run),
         "ood": [_ood(run, name) for name in run.section("ood")],
         "samples": _most_uncertain(run),
         "plan": _plan(run),
@@ -153,6 +154,14 @@ def _uncertainty(run: Run) -> dict[str, Any]:
         "has_auroc": any(is_number(row["auroc"]) for row in rows),
         "charts": charts,
     }
+
+
+def _memorisation(run: Run) -> dict[str, Any]:
+    """How often rows are repeated verbatim, a row for each kind of prompt."""
+    section = run.section("memorisation")
+    titles = {"train": "Training rows", "control": "Test rows", "canaries": "Canaries"}
+    rows = [{"title": title, **section[key]} for key, title in titles.items() if section.get(key)]
+    return {**section, "rows": rows}
 
 
 def _ood(run: Run, name: str) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from pipeline.dropout.doors import site_names
 from pipeline.dropout.plan import Blueprint
 from pipeline.dropout.sites import ROLE_OF_ATTRIBUTE
 from pipeline.errors import ModelError
-from pipeline.modality.bundle import MODALITIES
+from pipeline.modality.bundle import modality_of
 from pipeline.model_config import auto_class, modelling_source, set_rates
 
 _LARGEST_CPU_TRACE = 1_500_000_000
@@ -66,7 +66,7 @@ def blueprint_of(config: RunConfig, hf_config: PreTrainedConfig) -> Blueprint:
     Raises:
         ModelError: the model cannot be built or traced as configured.
     """
-    modality = MODALITIES[config.model.task]
+    modality = modality_of(config)
     _check_direction(config, hf_config)
     fields = _rate_fields(config, hf_config)
     skeleton = _skeleton(config, hf_config, fields, "meta")

@@ -16,7 +16,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from pipeline.config.schema import RunConfig
 from pipeline.errors import ModelError
 from pipeline.hub import load_pretrained
-from pipeline.modality.bundle import MODALITIES
+from pipeline.modality.bundle import modality_of
 
 _LABELS_UNKNOWN = ("0", "1")
 
@@ -35,7 +35,7 @@ def model_config(config: RunConfig, label_names: Sequence[str] | None) -> PreTra
         hf_config = load_pretrained("model", AutoConfig, model.model_name_or_path, config)
         _check_overrides(config, hf_config)
         hf_config.update(model.config_overrides)
-    if MODALITIES[model.task].needs_labels:
+    if modality_of(config).needs_labels:
         names = label_names or _LABELS_UNKNOWN
         hf_config.id2label = dict(enumerate(names))
         hf_config.label2id = {name: place for place, name in enumerate(names)}
@@ -46,7 +46,7 @@ def model_config(config: RunConfig, label_names: Sequence[str] | None) -> PreTra
 
 def auto_class(config: RunConfig) -> Any:
     """The class of transformers that loads models for this task."""
-    return getattr(transformers, MODALITIES[config.model.task].auto_class)
+    return getattr(transformers, modality_of(config).auto_class)
 
 
 def _settle_class(config: RunConfig, hf_config: PreTrainedConfig) -> None:

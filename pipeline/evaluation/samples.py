@@ -21,7 +21,7 @@ from pipeline.evaluation.calibration import apply_temperature
 from pipeline.evaluation.judge import ENTROPIES, Prediction, Scores
 from pipeline.evaluation.ood.registry import CLASS_SOURCES, SCORES, TOKEN_SOURCES
 from pipeline.evaluation.predict import ClassPrediction, TokenPrediction
-from pipeline.modality.bundle import MODALITIES, LabelNames
+from pipeline.modality.bundle import MODALITIES, LabelNames, modality_of
 from pipeline.modality.images import thumbnail
 from pipeline.records import write_bytes
 
@@ -38,7 +38,7 @@ CLASS_COLUMNS = (
     *("confidence", "deterministic_confidence", "calibrated_confidence"),
 )
 TOKEN_COLUMNS = ("log_probability", "perplexity", "deterministic_perplexity")
-_NOT_IN_SAMPLES = ("batch_key", "input_ids", "image", "audio", "embedding")
+_NOT_IN_SAMPLES = ("batch_key", "input_ids", "label_mask", "image", "audio", "embedding")
 _TINY = np.finfo(np.float64).tiny  # stands for a probability of exactly 0: log = -708.4
 
 
@@ -54,7 +54,7 @@ class Origin:
 
 def described_by(config: RunConfig, processor: Any) -> Callable[["Dataset"], dict[str, pa.Array]]:
     """The columns about the input of prepared rows of this task."""
-    modality = MODALITIES[config.model.task]
+    modality = modality_of(config)
     return lambda rows: modality.described(rows, processor)
 
 

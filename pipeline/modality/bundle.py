@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 LabelNames = tuple[str, ...] | None
+CONVERSATIONS = "conversations"
 
 # Which samples a limit keeps is the same under every seed, so that runs with different seeds train
 # and are judged on the same ones. Epoch -1 comes before every epoch of training: the draw is used
@@ -48,7 +49,7 @@ class Modality:
     """Everything one task does its own way."""
 
     task: str
-    """Hugging Face pipeline task name."""
+    """Hugging Face pipeline task name, or `conversations`: text-generation on rows of messages."""
     auto_class: str
     """Name of the model class in transformers."""
     metric_names: tuple[str, ...]
@@ -111,6 +112,11 @@ def register(modality: Modality) -> Modality:
         )
     MODALITIES[modality.task] = modality
     return modality
+
+
+def modality_of(config: RunConfig) -> Modality:
+    """The bundle of a run: that of its task, or of conversations where its rows are such."""
+    return MODALITIES[CONVERSATIONS if config.data.is_conversation else config.model.task]
 
 
 def chosen(num_samples: int, max_samples: int | None) -> list[int] | None:

@@ -17,7 +17,7 @@ from pipeline.dropout.concrete import PARAMETER, learned_rates_of
 from pipeline.dropout.context import KeyedDropout
 from pipeline.dropout.key import row_id
 from pipeline.dropout.schedules import NO_DOMAIN
-from pipeline.modality import MODALITIES
+from pipeline.modality.bundle import modality_of
 from pipeline.packing import documents_of
 from pipeline.train import Parts
 from pipeline.verify.compare import Record
@@ -42,7 +42,7 @@ def run_by_hand(parts: Parts, num_steps: int) -> Record:
     stream = TrainingStream(parts.data.train, config.seed, num_steps, size)
     optimizer = adamw(model, config)
     schedule = scheduler(optimizer, config, num_steps)
-    collate = MODALITIES[config.model.task].collator(parts.processor, config)
+    collate = modality_of(config).collator(parts.processor, config)
     losses = {}
     for step in range(num_steps):
         taken = range(step * size, (step + 1) * size)
@@ -106,7 +106,8 @@ def forward(model: nn.Module, keyed: KeyedDropout, row: dict, step: int, view: i
 
 def divergence(views: list[Tensor], row: dict) -> Tensor:
     """(KL(p | q) + KL(q | p)) / 2 of two views, over the predicted tokens."""
-    p, q = (v[0].log_softmax(-1) if "labels" in row else v[0, :-1].log_softmax(-1) for v in views)
+    places = slice(None) if "labels" in row else predicting(row)
+    p, q = (logits[0][places].log_softmax(-1) for logits in views)
     return ((p.exp() * (p - q)).sum() + (q.exp() * (q - p)).sum()) / 2
 
 
@@ -130,15 +131,25 @@ def inputs_of(row: dict, device: torch.device) -> dict[str, Tensor]:
 
 def num_items(row: dict) -> int:
     """What the loss is a mean over: one label, or the predicted tokens."""
-    return 1 if "labels" in row else len(row["input_ids"]) - 1
+    return 1 if "labels" in row else len(predicting(row))
+
+
+def predicting(row: dict) -> list[int]:
+    """Places before a token that is learned: every token after the first, or of the assistant."""
+    last = len(row["input_ids"]) - 1
+    return [
+        place for place in range(last) if "label_mask" not in row or row["label_mask"][place + 1]
+    ]
 
 
 def summed_loss(logits: Tensor, row: dict, smoothing: float = 0.0) -> Tensor:
-    """Cross entropy of the label, or of every token after the first."""
+    """Cross entropy of the label, or of every token that is learned."""
     if "labels" in row:
         scores, targets = logits, torch.tensor([row["labels"]])
     else:
-        scores, targets = logits[0, :-1], torch.tensor(row["input_ids"][1:])
+        places = predicting(row)
+        scores = logits[0, places]
+        targets = torch.tensor([row["input_ids"][place + 1] for place in places])
     return nn.functional.cross_entropy(
         scores.float(), targets.to(scores.device), reduction="sum", label_smoothing=smoothing
     )
