@@ -13,7 +13,7 @@ INSTALLED_FROM := pyproject.toml constraints.txt $(wildcard setup.py pipeline/dr
 help:
 	@echo "make quickstart  install, then fine-tune, evaluate and report on real data (offline, CPU)"
 	@echo "make test        install, then run all tests"
-	@echo "make drills      every engine stopped, changed and broken in every way, about five minutes"
+	@echo "make drills      every engine and stage stopped, killed and broken in every way, tens of minutes"
 	@echo "make check       ruff, ruff format, mypy"
 	@echo "make bench       comparisons with the usual tools, a few minutes"
 

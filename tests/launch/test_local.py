@@ -51,6 +51,7 @@ def free_port() -> int:
 
 
 @pytest.mark.drill
+@pytest.mark.timeout(300)
 def test_two_nodes_train_one_model(job, tmp_path, monkeypatch):
     monkeypatch.setattr(jobs, "RENDEZVOUS_PORT", free_port())
     steps = [f"train.{name}_steps=2" for name in ("max", "eval", "save")]
@@ -67,7 +68,7 @@ def test_two_nodes_train_one_model(job, tmp_path, monkeypatch):
         program = Path(sys.executable).with_name(words[0])
         nodes.append(subprocess.Popen([program, *words[1:]], env=environment))
     try:
-        assert [node.wait(100) for node in nodes] == [0, 0]
+        assert [node.wait(240) for node in nodes] == [0, 0]
     finally:
         for node in nodes:
             node.kill()
