@@ -55,7 +55,7 @@ def config_of(**data):
 def prepare(rows, template=MARKED, **data):
     config = config_of(**data)
     found = CHAT.prepare(rows, config.data, config, tokenizer_with(template), None)
-    places = Quarantine(0.0).usable("train", found, CHAT.judge)
+    places = Quarantine(0.0).usable("train", found, lambda one: CHAT.judge(one, config))
     return found.select(places)
 
 
