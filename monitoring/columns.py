@@ -13,7 +13,8 @@ LABEL, PREDICTION, CORRECT, CONFIDENCE = "label", "prediction", "correct", "conf
 EMBEDDING, MODEL_VERSION = "embedding", "model_version"
 
 # Neither judged nor summed: names of rows, and what is there for a replay.
-ASIDE = {SAMPLE_ID, TEXT, EMBEDDING, BATCH_KEY, INPUT_IDS, MODEL_VERSION, "split", "image"}
+ASIDE = {SAMPLE_ID, TEXT, EMBEDDING, BATCH_KEY, INPUT_IDS, MODEL_VERSION, "split"}
+ASIDE |= {"image", "audio"}
 # What is known only with a label, which production has later or never.
 LABELLED = {LABEL, CORRECT, "label_log_probability"}
 

@@ -165,6 +165,28 @@ def draw_histograms(axes: "Axes", groups: Mapping[str, np.ndarray]) -> None:
     axes.legend(**_ABOVE)
 
 
+def draw_confusion(axes: "Axes", labels: Sequence[str], counts: np.ndarray) -> None:
+    """Rows of each label (downwards) by prediction (to the right), as shares of the label."""
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    names = [label if len(label) <= 12 else f"{label[:11]}…" for label in labels]
+    axes.grid(False)
+    for row, column in zip(*np.nonzero(counts), strict=True):
+        colour = BLUE if row == column else ORANGE
+        tip = _tip(f"{labels[row]} as {labels[column]}: {counts[row, column]}")
+        where = ([column - 0.5, column + 0.5], row - 0.5, row + 0.5)
+        strength = 0.12 + 0.88 * shares[row, column]
+        axes.fill_between(*where, color=colour, alpha=strength, linewidth=0, gid=tip)
+        if len(labels) <= 12:
+            ink = "white" if strength > 0.6 else _INK
+            number = f"{counts[row, column]}"
+            axes.text(column, row, number, color=ink, ha="center", va="center", fontsize=7)
+    places, edge = range(len(labels)), len(labels) - 0.5
+    is_long = any(len(name) > 3 for name in names)
+    axes.set_xticks(places, names, rotation=90 if is_long else 0, fontsize=7.5)
+    axes.set_yticks(places, names, fontsize=7.5)
+    axes.set(xlim=(-0.5, edge), ylim=(edge, -0.5), xlabel="prediction", ylabel="label")
+
+
 def svg(draw: Draw, title: str, size: tuple[float, float] = (3.7, 2.7)) -> str:
     """An `<svg>` element for a page, the same for the same numbers; the title is its tooltip."""
     text = _rendered([draw], "svg", size).decode("utf-8")

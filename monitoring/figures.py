@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from monitoring import drawing
+from monitoring.classes import MAX_CLASSES, confusion
 from monitoring.drawing import BLUE, GREEN, ORANGE, PURPLE, Draw
 from monitoring.run import Run, is_number, load_run
 from monitoring.words import WAYS, sentence_title, title_of
@@ -52,6 +53,14 @@ def curve_charts(run: Run) -> list[Chart]:
 def _is_curve(run: Run, key: str) -> bool:
     """One point is no curve: figures of the evaluation stage have sections of their own."""
     return len({step for step, _ in run.history(key)}) > 1
+
+
+def confusion_charts(run: Run) -> list[Chart]:
+    """Which labels are taken for which, where there are few enough to be drawn."""
+    labels, counts = confusion(run.samples_of("test"))
+    if not 2 <= len(labels) <= MAX_CLASSES:
+        return []
+    return [Chart("Confusion", partial(drawing.draw_confusion, labels=labels, counts=counts))]
 
 
 def reliability_charts(run: Run) -> list[Chart]:
@@ -103,6 +112,7 @@ def save_figures(folder: RunFolder) -> dict[str, Path]:
     run = load_run(folder)
     rows = {
         "curves": curve_charts(run),
+        "confusion": confusion_charts(run),
         "reliability": reliability_charts(run),
         "uncertainty": uncertainty_charts(run),
     }

@@ -3,12 +3,14 @@
 Everything that a user or a data set brought in is escaped by Jinja; only our charts are markup.
 """
 
+import base64
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from monitoring import figures, words
+from monitoring.classes import by_class, hardest
 from monitoring.headline import tiles, verdict
 from monitoring.pages import render, shown
 from monitoring.production import Production, content_of, load_production
@@ -18,6 +20,7 @@ from pipeline.records import RunFolder, write_text
 
 NUM_UNCERTAIN_SAMPLES = 20
 _MAX_TEXT_CHARACTERS = 1500
+_PNG, _MAX_PICTURE_BYTES = b"\x89PNG\r\n\x1a\n", 32_768
 _CALIBRATION_MEASURES = ("ece", "ece_equal_mass", "brier", "nll")
 _UNCERTAINTY_ORDER = ("predictive_entropy", "mutual_information", "perplexity")
 
@@ -54,9 +57,11 @@ def _content(run: Run, production: Production | None) -> dict[str, Any]:
         "tiles": tiles(run),
         "quality": _quality(run),
         "production": content_of(production) if production else None,
+        "classes": _classes(run),
         "curves": shown(figures.curve_charts(run)),
         "calibration": _calibration(run),
         "uncertainty": _uncertainty(run),
+        "memorisation": _memorisation(run),
         "ood": [_ood(run, name) for name in run.section("ood")],
         "samples": _most_uncertain(run),
         "plan": _plan(run),
@@ -102,6 +107,16 @@ def _quality(run: Run) -> dict[str, Any]:
     return {"names": names, "rows": rows}
 
 
+def _classes(run: Run) -> dict[str, Any]:
+    """The table class by class, and the picture of what is taken for what."""
+    every = by_class(run.samples_of("test"))
+    return {
+        "rows": hardest(every),
+        "num_classes": len(every),
+        "charts": shown(figures.confusion_charts(run)),
+    }
+
+
 def _of_way(intervals: dict[str, Any], way: str) -> dict[str, Any]:
     prefix = f"{way}/"
     return {k.removeprefix(prefix): v for k, v in intervals.items() if k.startswith(prefix)}
@@ -141,6 +156,14 @@ def _uncertainty(run: Run) -> dict[str, Any]:
     }
 
 
+def _memorisation(run: Run) -> dict[str, Any]:
+    """How often rows are repeated verbatim, a row for each kind of prompt."""
+    section = run.section("memorisation")
+    titles = {"train": "Training rows", "control": "Test rows", "canaries": "Canaries"}
+    rows = [{"title": title, **section[key]} for key, title in titles.items() if section.get(key)]
+    return {**section, "rows": rows}
+
+
 def _ood(run: Run, name: str) -> dict[str, Any]:
     entry = run.report["ood"][name] or {}
     scores = entry.get("scores") or {}
@@ -178,7 +201,10 @@ def _most_uncertain(run: Run) -> dict[str, Any]:
     if order is None:
         return {"rows": []}
     rows = sorted(rows, key=lambda row: (-_or_zero(row.get(order)), row.get("sample_id") or 0))
-    rows = [row | {"text": _cut(row.get("text"))} for row in rows[:NUM_UNCERTAIN_SAMPLES]]
+    rows = [
+        row | {"text": _cut(row.get("text")), "picture": _picture(row.get("thumbnail"))}
+        for row in rows[:NUM_UNCERTAIN_SAMPLES]
+    ]
     columns = ("confidence", "predictive_entropy", "mutual_information", "perplexity")
     known = [name for name in columns if any(is_number(row.get(name)) for row in rows)]
     has_labels = any(row.get("prediction") is not None for row in rows)
@@ -187,7 +213,16 @@ def _most_uncertain(run: Run) -> dict[str, Any]:
         "order": order,
         "columns": known,
         "has_labels": has_labels,
+        "has_pictures": any(row["picture"] for row in rows),
+        "has_text": any(row["text"] for row in rows),
     }
+
+
+def _picture(png: Any) -> str:
+    """A small image as a `data:` URI: the page stays one file."""
+    if not isinstance(png, bytes) or not png.startswith(_PNG) or len(png) > _MAX_PICTURE_BYTES:
+        return ""
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
 
 
 def _cut(value: Any) -> str:

@@ -29,6 +29,8 @@ _TITLES = {
     "ece": "ECE",
     "ece_equal_mass": "ECE, equal mass",
     "f1": "F1",
+    "top_5_accuracy": "Top-5 accuracy",
+    "image-classification": "Image classification",
     "nll": "NLL",
     "mc_msp": "MC max probability",
     "memory_mb": "Memory (MB)",
@@ -37,10 +39,11 @@ _TITLES = {
     "text-generation": "Text generation",
 }
 _MC_MEASURES = ("predictive_entropy", "expected_entropy", "mutual_information", "disagreement")
-_SHARES = ("accuracy", "f1", "confidence", "disagreement", "fpr95")
+_SHARES = ("accuracy", "top_5_accuracy", "f1", "confidence", "disagreement", "fpr95")
 
 EXPLANATIONS = {
     "accuracy": "Share of rows whose most likely label is the right one.",
+    "top_5_accuracy": "Share of rows whose right label is among the five most likely.",
     "f1": "Mean over labels of the balance between precision and recall.",
     "loss": "Mean negative log-probability of the right answer; lower is better.",
     "perplexity": "How many tokens the model hesitates between, on average; lower is better.",

@@ -13,6 +13,8 @@ from pipeline.config.schema import RunConfig
 from pipeline.errors import ModelError
 from pipeline.library_output import without_old_names
 
+_TASK_TYPES = {"text-classification": "SEQ_CLS", "text-generation": "CAUSAL_LM"}
+
 
 def peft_config_of(config: RunConfig) -> Any:
     """The section as an object of peft."""
@@ -20,7 +22,7 @@ def peft_config_of(config: RunConfig) -> Any:
 
     assert config.peft is not None
     cls = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(config.peft.peft_type)]
-    task = {"text-classification": "SEQ_CLS", "text-generation": "CAUSAL_LM"}[config.model.task]
+    task = _TASK_TYPES.get(config.model.task)  # peft knows no images: its plain wrapper serves
     # A copy: peft appends to the lists it is given, and the configuration is frozen.
     return cls(**{"task_type": task, **copy.deepcopy(config.peft.model_extra or {})})
 

@@ -9,7 +9,8 @@ import torch
 from transformers import SchedulerType, Trainer, TrainingArguments, get_scheduler
 
 from pipeline.config.installed import installed_problems
-from pipeline.config.schema import RunConfig, TrainConfig
+from pipeline.config.schema import RunConfig
+from pipeline.config.training import TrainConfig
 from pipeline.dropout.noise import NEFTUNE
 from pipeline.dropout.plan import DropoutPlan
 from pipeline.engines import Settings, contradictions

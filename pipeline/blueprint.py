@@ -20,7 +20,7 @@ from pipeline.dropout.doors import site_names
 from pipeline.dropout.plan import Blueprint
 from pipeline.dropout.sites import ROLE_OF_ATTRIBUTE
 from pipeline.errors import ModelError
-from pipeline.modality.bundle import MODALITIES
+from pipeline.modality.bundle import modality_of
 from pipeline.model_config import auto_class, modelling_source, set_rates
 
 _LARGEST_CPU_TRACE = 1_500_000_000
@@ -66,7 +66,7 @@ def blueprint_of(config: RunConfig, hf_config: PreTrainedConfig) -> Blueprint:
     Raises:
         ModelError: the model cannot be built or traced as configured.
     """
-    modality = MODALITIES[config.model.task]
+    modality = modality_of(config)
     _check_direction(config, hf_config)
     fields = _rate_fields(config, hf_config)
     skeleton = _skeleton(config, hf_config, fields, "meta")
@@ -87,12 +87,18 @@ def blueprint_of(config: RunConfig, hf_config: PreTrainedConfig) -> Blueprint:
         build=build,
         example=example,
         defaults=fields,
-        body_prefix=getattr(skeleton, "base_model_prefix", ""),
+        body_prefix=_body_name(skeleton),
         has_classification_head=modality.needs_labels,
         insertable=_insertable,
         attention_refusal=_attention_refusal(config.model.attn_implementation),
         build_keyed=build_keyed if config.model.attn_implementation in (None, KEYED) else None,
     )
+
+
+def _body_name(skeleton: nn.Module) -> str:
+    """Of the part below the head; in Whisper's classifier that is the encoder alone."""
+    prefix: str = getattr(skeleton, "base_model_prefix", "")
+    return "encoder" if not hasattr(skeleton, prefix) and hasattr(skeleton, "encoder") else prefix
 
 
 def _attention_refusal(implementation: str | None) -> str:
@@ -192,10 +198,18 @@ def _trace_device(hf_config: PreTrainedConfig, skeleton: nn.Module, example: Any
 
 
 def _insertable(model: nn.Module) -> dict[str, list[str]]:
-    names = site_names(model).values()
+    by_module = site_names(model)
+    names = by_module.values()
+    sees_images = getattr(model, "main_input_name", "") == "pixel_values"
     return {
         "embedding": [n for n in names if n.rsplit(".", 1)[-1] == "embed_tokens"],
         "hidden": [
             n for n in names if n.rsplit(".", 1)[-1] in ("self_attn", "mlp") and "layers." in n
         ],
+        "patch": [
+            n
+            for module, n in by_module.items()
+            if type(module).__name__.endswith("PatchEmbeddings")
+        ],
+        "head": [n for n in names if re.fullmatch(r"\w+\.layernorm", n) and sees_images],
     }

@@ -10,10 +10,10 @@ from torch import nn
 
 from pipeline.arguments import check_metric, check_optimizer, num_steps, training_arguments
 from pipeline.config.schema import RunConfig
-from pipeline.data import RawData, load_raw
+from pipeline.data import RawData, load_raw, prepare_data
 from pipeline.dropout.plan import DropoutPlan
 from pipeline.errors import InputError
-from pipeline.modality.bundle import MODALITIES
+from pipeline.modality.bundle import modality_of
 from pipeline.model import check_weights, plan_for
 from pipeline.model_config import auto_class, model_config
 from pipeline.packing import require_isolation
@@ -34,7 +34,7 @@ def check(config: RunConfig) -> list[str]:
     """
     problems: list[str] = []
     folder = str(Path(config.output_dir) / config.name)
-    modality = MODALITIES[config.model.task]
+    modality = modality_of(config)
     _attempt(problems, lambda: check_optimizer(training_arguments(config, folder, 1)))
     _attempt(problems, lambda: check_metric(config.train, modality.metric_names))
     _attempt(problems, lambda: check_folder(RunFolder(Path(folder)), config))
@@ -43,7 +43,7 @@ def check(config: RunConfig) -> list[str]:
     planned = _attempt(problems, lambda: plan_for(config, names))
     _attempt(problems, lambda: check_weights(config))
     _attempt(problems, lambda: require_quantizer(config))
-    notes = _attempt(problems, lambda: _processor_notes(config)) if planned else None
+    notes = _attempt(problems, lambda: _processor_notes(config, raw)) if planned else None
     if planned and config.data.packing:
         packing = _attempt(problems, lambda: _packing_notes(config, planned))
         notes = [*(notes or []), *(packing or [])]
@@ -60,12 +60,20 @@ def plan(config: RunConfig) -> DropoutPlan:
     return plan_for(config)
 
 
-def _processor_notes(config: RunConfig) -> list[str]:
-    """What a processor that is named has to say; one that is still to be made fits by itself."""
+def _processor_notes(config: RunConfig, raw: RawData | None) -> list[str]:
+    """What a processor that is named has to say; one that is still to be made fits by itself.
+
+    Conversations are written by the chat template, which may refuse them.
+    """
+    if config.data.is_conversation and raw is not None:
+        processor = modality_of(config).load_processor(config, raw.train)
+        modality_of(config).fit(model_config(config, None), processor, config)
+        found = prepare_data(config, raw, processor).notes
+        return [note for note in found if note not in raw.notes]
     if config.model.model_name_or_path is None and config.model.tokenizer_name_or_path is None:
         return []
-    modality = MODALITIES[config.model.task]
-    processor = modality.load_processor(config)
+    modality = modality_of(config)
+    processor = modality.load_processor(config, None)
     notes = modality.notes(processor)
     modality.fit(model_config(config, None), processor, config)
     return notes
@@ -104,7 +112,7 @@ def _data_line(config: RunConfig, raw: RawData) -> str:
     rows = ", ".join(f"{len(part):,} {name}" for name, part in sets.items())
     classes = f", {len(raw.label_names)} classes" if raw.label_names else ""
     steps = ""
-    if MODALITIES[config.model.task].one_sample_a_row:
+    if modality_of(config).one_sample_a_row and not config.data.packing:
         size = min(len(raw.train), config.data.max_train_samples or len(raw.train))
         steps = f"; {num_steps(config.train, size):,} steps of {config.train.global_batch_size}"
     return f"Data: {rows} rows{classes}{steps}."

@@ -9,12 +9,13 @@ import numpy as np
 import pyarrow as pa
 from torch.utils.data import Dataset as TorchDataset
 
+from pipeline.canaries import planted
 from pipeline.config.schema import DataSource, RunConfig
 from pipeline.dropout.key import derive_key
 from pipeline.dropout.philox import permutation, philox_words
 from pipeline.errors import DataError
-from pipeline.modality import MODALITIES, Modality
-from pipeline.modality.bundle import LabelNames
+from pipeline.modality import Modality
+from pipeline.modality.bundle import LabelNames, modality_of
 from pipeline.modality.domains import domain_problems, with_domains
 from pipeline.modality.quarantine import Quarantine, SetAside
 from pipeline.sources import default_split, load_splits, num_shared, ranges_of, select
@@ -23,6 +24,10 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 SPLITS = ("train", "validation", "test")
+_FINGERPRINTED = (
+    *("sample_id", "input_ids", "label_mask", "labels", "domain"),
+    *("image", "audio"),
+)
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,7 @@ def load_raw(config: RunConfig) -> RawData:
     problems: list[str] = []
     rows, notes = _main_splits(config, problems)
     ood = _ood_sets(config, problems)
-    modality = MODALITIES[config.model.task]
+    modality = modality_of(config)
     names = _label_names(modality, rows, config)
     if names is not None and len(names) < 2:
         found = ", ".join(names) or "none"
@@ -75,9 +80,10 @@ def load_raw(config: RunConfig) -> RawData:
         problems += _problems(
             modality, part, config.data.ood[name], None, False, f"data.ood.{name}"
         )
-    if config.data.packing and modality.one_sample_a_row:
+    if config.data.packing and config.model.task != "text-generation":
         problems.append(f"data.packing: packs documents of text-generation, not {modality.task}")
-    problems += domain_problems(rows, config, modality.one_sample_a_row)
+    keeps_rows = modality.one_sample_a_row and not config.data.packing
+    problems += domain_problems(rows, config, keeps_rows)
     if modality.one_sample_a_row and "train" in rows:
         num_samples = min(len(rows["train"]), config.data.max_train_samples or len(rows["train"]))
         problems += _too_few(num_samples, config.train.global_batch_size)
@@ -87,7 +93,7 @@ def load_raw(config: RunConfig) -> RawData:
 
 def prepare_data(config: RunConfig, raw: RawData, processor: Any) -> PreparedData:
     """Makes model inputs of every split; the limits on samples are applied here, by key."""
-    modality, data = MODALITIES[config.model.task], config.data
+    modality, data = modality_of(config), config.data
 
     def prepare(
         rows: "Dataset", source: DataSource, names: LabelNames, limit: int | None
@@ -103,8 +109,9 @@ def prepare_data(config: RunConfig, raw: RawData, processor: Any) -> PreparedDat
         "test": prepare(raw.test, data, names, limit),
     }
     ood = {name: prepare(rows, data.ood[name], None, limit) for name, rows in raw.ood.items()}
-    parts = {name: _usable(quarantine, name, part, modality) for name, part in parts.items()}
-    ood = {n: _usable(quarantine, f"ood.{n}", part, modality) for n, part in ood.items()}
+    parts = {name: _usable(quarantine, name, part, config) for name, part in parts.items()}
+    parts["train"] = planted(parts["train"], config, processor)
+    ood = {n: _usable(quarantine, f"ood.{n}", part, config) for n, part in ood.items()}
     every = parts | {f"ood.{name}": part for name, part in ood.items()}
     empty = [f"{name}: there is not one sample" for name, part in every.items() if not len(part)]
     _raise_if_any(empty + _too_few(len(parts["train"]), config.train.global_batch_size))
@@ -118,11 +125,12 @@ def prepare_data(config: RunConfig, raw: RawData, processor: Any) -> PreparedDat
     )
 
 
-def _usable(quarantine: Quarantine, name: str, rows: "Dataset", modality: Modality) -> "Dataset":
+def _usable(quarantine: Quarantine, name: str, rows: "Dataset", config: RunConfig) -> "Dataset":
     """Rows that the modality can use, all of them looked at once."""
-    if modality.judge is None:
+    judge = modality_of(config).judge
+    if judge is None:
         return rows
-    places = quarantine.usable(name, rows, modality.judge)
+    places = quarantine.usable(name, rows, lambda sample: judge(sample, config))
     return rows if len(places) == len(rows) else rows.select(places)
 
 
@@ -131,7 +139,7 @@ def fingerprint_of(parts: Mapping[str, "Dataset"]) -> str:
     whole = hashlib.sha256()
     for name, rows in parts.items():
         whole.update(f"{name}\0{len(rows)}\0".encode())
-        for column in ("sample_id", "input_ids", "labels", "domain", "image"):
+        for column in _FINGERPRINTED:
             if column in rows.column_names:
                 whole.update(column.encode() + _digest(rows, column))
     return whole.hexdigest()

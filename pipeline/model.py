@@ -24,7 +24,7 @@ from pipeline.dropout.plan import DropoutPlan, make_plan
 from pipeline.errors import ModelError
 from pipeline.hub import not_found, resolve
 from pipeline.library_output import without_load_report, without_old_names
-from pipeline.modality.bundle import MODALITIES
+from pipeline.modality.bundle import modality_of
 from pipeline.model_config import auto_class, model_config, set_rates
 from pipeline.records import sha256_of_file
 
@@ -38,7 +38,7 @@ def plan_for(
 ) -> DropoutPlan:
     """The dropout plan of a run's model, from its configuration alone."""
     hf_config = model_config(config, label_names)
-    MODALITIES[config.model.task].fit(hf_config, processor, config)
+    modality_of(config).fit(hf_config, processor, config)
     blueprint = blueprint_of(config, hf_config)
     plan = make_plan(blueprint, config.dropout)
     alpha = config.train.extra.get(NEFTUNE)
@@ -134,7 +134,7 @@ def _planned_config(
     processor: Any,
 ) -> PreTrainedConfig:
     hf_config = model_config(config, label_names)
-    MODALITIES[config.model.task].fit(hf_config, processor, config)
+    modality_of(config).fit(hf_config, processor, config)
     set_rates(hf_config, dict(plan.attributes))
     return hf_config
 

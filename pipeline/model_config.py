@@ -16,7 +16,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from pipeline.config.schema import RunConfig
 from pipeline.errors import ModelError
 from pipeline.hub import load_pretrained
-from pipeline.modality.bundle import MODALITIES
+from pipeline.modality.bundle import modality_of
 
 _LABELS_UNKNOWN = ("0", "1")
 
@@ -35,17 +35,25 @@ def model_config(config: RunConfig, label_names: Sequence[str] | None) -> PreTra
         hf_config = load_pretrained("model", AutoConfig, model.model_name_or_path, config)
         _check_overrides(config, hf_config)
         hf_config.update(model.config_overrides)
-    if MODALITIES[model.task].needs_labels:
+    if modality_of(config).needs_labels:
         names = label_names or _LABELS_UNKNOWN
         hf_config.id2label = dict(enumerate(names))
         hf_config.label2id = {name: place for place, name in enumerate(names)}
         hf_config.problem_type = "single_label_classification"
+    _settle_class(config, hf_config)
     return hf_config
 
 
 def auto_class(config: RunConfig) -> Any:
     """The class of transformers that loads models for this task."""
-    return getattr(transformers, MODALITIES[config.model.task].auto_class)
+    return getattr(transformers, modality_of(config).auto_class)
+
+
+def _settle_class(config: RunConfig, hf_config: PreTrainedConfig) -> None:
+    """Where a task has two classes (DeiT, with and without teacher), from scratch the first."""
+    found = auto_class(config)._model_mapping.get(type(hf_config), None)
+    if isinstance(found, tuple | list) and not hf_config.architectures:
+        hf_config.architectures = [found[0].__name__]
 
 
 def set_rates(hf_config: PreTrainedConfig, rates: Mapping[str, float | None]) -> None:
@@ -101,7 +109,8 @@ def _is_read(name: str, config: RunConfig, hf_config: PreTrainedConfig) -> bool:
 def modelling_source(config: RunConfig, hf_config: PreTrainedConfig) -> str:
     """The text of the file that defines the model; empty where the model has no class here."""
     try:
-        model_class = auto_class(config)._model_mapping[type(hf_config)]
+        found = auto_class(config)._model_mapping[type(hf_config)]
     except KeyError:
         return ""
+    model_class = found[0] if isinstance(found, tuple | list) else found
     return inspect.getsource(sys.modules[model_class.__module__])

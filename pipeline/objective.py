@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.config.schema import TrainConfig
+from pipeline.config.training import TrainConfig
 from pipeline.dropout.concrete import learned_rates_of
 from pipeline.dropout.key import view_of
 from pipeline.modality.losses import IGNORED, LossFunction, logits_of, symmetric_divergence_sum

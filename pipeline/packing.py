@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 ISOLATING = ("eager", "keyed", "sdpa")
 WHOLE_SAMPLE = {"path": "one decision a sample", "noise": "noise by the sample's length"}
 PROBE_LENGTH = 6
+BY_TOKEN = ("input_ids", "label_mask")
 
 
 # -- rows ------------------------------------------------------------------------------------------
@@ -47,13 +48,17 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 def packed(documents: "Dataset", capacity: int) -> "Dataset":
-    """Rows with `input_ids`, and for each token `sample_id` and `position_ids`."""
+    """Rows of tokens, each with its `sample_id`, `position_ids`, and `label_mask` where given."""
     from datasets import Dataset
 
-    tokens, names = documents["input_ids"][:], documents["sample_id"][:]
-    columns: dict[str, list[list[int]]] = {"input_ids": [], "sample_id": [], "position_ids": []}
+    by_token = {name: documents[name][:] for name in BY_TOKEN if name in documents.column_names}
+    tokens, names = by_token["input_ids"], documents["sample_id"][:]
+    columns: dict[str, list[list[int]]] = {
+        name: [] for name in (*by_token, "sample_id", "position_ids")
+    }
     for row in pack([len(ids) for ids in tokens], capacity):
-        columns["input_ids"].append([token for d in row for token in tokens[d]])
+        for name, values in by_token.items():
+            columns[name].append([value for d in row for value in values[d]])
         columns["sample_id"].append([names[d] for d in row for _ in tokens[d]])
         columns["position_ids"].append([place for d in row for place in range(len(tokens[d]))])
     return Dataset.from_dict(columns)
@@ -65,8 +70,9 @@ def documents_of(row: dict[str, Any]) -> list[dict[str, Any]]:
         return [row]
     starts = [place for place, position in enumerate(row["position_ids"]) if position == 0]
     stops = [*starts[1:], len(row["input_ids"])]
+    names = [name for name in BY_TOKEN if name in row]
     return [
-        {"input_ids": row["input_ids"][start:stop], "sample_id": row["sample_id"][start]}
+        {name: row[name][start:stop] for name in names} | {"sample_id": row["sample_id"][start]}
         for start, stop in zip(starts, stops, strict=True)
     ]
 

@@ -13,7 +13,9 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-QUICKSTARTS = {"language": CONFIGS / "language" / "quickstart.yaml"}
+QUICKSTARTS = {
+    modality: CONFIGS / modality / "quickstart.yaml" for modality in ("language", "vision")
+}
 
 
 def quickstart(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from pipeline.config.schema import RunConfig
 from pipeline.data import SPLITS, load_raw
 from pipeline.errors import RunFolderError
-from pipeline.modality.bundle import LabelNames
+from pipeline.modality.bundle import LabelNames, modality_of
 from pipeline.modality.labels import label_numbers
 from pipeline.records import flush, write_json
 
@@ -52,7 +52,8 @@ def _slim(rows: "Dataset", names: LabelNames, config: RunConfig) -> "Dataset":
     from datasets import ClassLabel, Dataset, Features
 
     data = config.data
-    kept = [name for name in (data.text_column_name, data.domain_column_name) if name]
+    inputs = modality_of(config).inputs(data).values()
+    kept = [name for name in (*inputs, data.domain_column_name) if name]
     slim = rows.select_columns(kept)
     if names is None:
         return slim

@@ -27,7 +27,7 @@ from pipeline.dropout.context import KeyedDropout
 from pipeline.dropout.plan import DropoutPlan
 from pipeline.errors import RunFolderError
 from pipeline.library_output import without_old_collectives
-from pipeline.modality.bundle import MODALITIES
+from pipeline.modality.bundle import modality_of
 from pipeline.modality.image_mixing import is_mixing
 from pipeline.model import build_model, plan_for
 from pipeline.packing import packed, require_isolation
@@ -194,11 +194,11 @@ def as_before(before: RunConfig, config: RunConfig, also: tuple[str, ...] = ()) 
 
 def prepare(config: RunConfig, run: RunFolder, args: TrainingArguments, say: Say) -> Parts:
     """Data, processor, plan, model and the checkpoint to go on from: every check, no write."""
-    check_metric(config.train, MODALITIES[config.model.task].metric_names)
+    check_metric(config.train, modality_of(config).metric_names)
     check_optimizer(args)
     with parallel.main_first():
         raw = load_raw(config)
-        processor = MODALITIES[config.model.task].load_processor(config, raw.train)
+        processor = modality_of(config).load_processor(config, raw.train)
         data = prepare_data(config, raw, processor)
         if config.data.packing:
             data = replace(data, train=packed(data.train, config.data.max_length))
@@ -334,7 +334,7 @@ def make_trainer(
         callbacks.append(
             EarlyStoppingCallback(train.early_stopping_patience, train.early_stopping_threshold)
         )
-    modality = MODALITIES[config.model.task]
+    modality = modality_of(config)
     return LockedTrainer(
         run=parts.run,
         train=train,

@@ -10,7 +10,7 @@ from pipeline.config.schema import RunConfig
 from pipeline.data import PreparedData
 from pipeline.dropout.plan import DropoutPlan
 from pipeline.errors import RunFolderError
-from pipeline.modality.bundle import MODALITIES, LabelNames
+from pipeline.modality.bundle import LabelNames, modality_of
 from pipeline.model import load_trained
 from pipeline.records import RunFolder, sha256_of_file
 
@@ -18,8 +18,10 @@ from pipeline.records import RunFolder, sha256_of_file
 def trained_processor(run: RunFolder, config: RunConfig) -> Any:
     """The processor that the training saved beside the weights."""
     names = dict.fromkeys(("tokenizer_name_or_path", "processor_name_or_path"), str(run.model))
-    saved = config.model_copy(update={"model": config.model.model_copy(update=names)})
-    return MODALITIES[config.model.task].load_processor(saved)
+    model = config.model.model_copy(update=names)
+    data = config.data.model_copy(update={"chat_template": None})  # it is in the saved tokenizer
+    saved = config.model_copy(update={"model": model, "data": data})
+    return modality_of(config).load_processor(saved, None)
 
 
 def trained_label_names(run: RunFolder) -> LabelNames:

@@ -21,7 +21,7 @@ from transformers.trainer import (
 
 from pipeline import checkpoint, parallel, sharding, zero
 from pipeline.callbacks import Meter
-from pipeline.config.schema import TrainConfig
+from pipeline.config.training import TrainConfig
 from pipeline.dropout.context import ActiveMasks, KeyedDropout
 from pipeline.errors import DropoutError, NonFiniteLossError
 from pipeline.library_output import without_bars

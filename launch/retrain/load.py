@@ -54,6 +54,10 @@ def load_plan(source: str | Path, overrides: Sequence[str] = ()) -> Plan:
     if isinstance(data.get("recipe"), str):
         recipe, found = _recipe(data, path)
         problems += found
+    if recipe is not None and recipe.data.is_conversation:
+        problems.append(
+            "recipe: rows of conversations cannot be mixed by text yet; retrain on them by hand"
+        )
     if policy is not None and recipe is not None:
         problems += _unknown_metrics(policy, recipe)
     if problems or policy is None or recipe is None:

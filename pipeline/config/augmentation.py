@@ -8,6 +8,8 @@ from pipeline.config.roles import Rate, Section
 
 NonNegative = Annotated[float, Field(ge=0.0)]
 
+Decibels = Annotated[list[float], Field(min_length=2, max_length=2)]
+
 
 class ImageAugmentation(Section):
     """Of images; nothing by default."""
@@ -33,7 +35,7 @@ class ImageAugmentation(Section):
 class AudioAugmentation(Section):
     """Of audio; nothing by default."""
 
-    noise_snr_db: tuple[float, float] | None = None
+    noise_snr_db: Decibels | None = None
     """White noise at a signal-to-noise ratio between these, in decibels."""
     speed: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
     """Speed changes by at most this share (and pitch with it)."""

@@ -12,8 +12,9 @@ from typing import Any
 
 from pipeline.config.problems import nearest
 from pipeline.config.quantization import quantization_problems
-from pipeline.config.schema import PeftConfig, RunConfig, TrainConfig
+from pipeline.config.schema import PeftConfig, RunConfig
 from pipeline.config.strict_yaml import KeyPath, dotted
+from pipeline.config.training import TrainConfig
 
 Problem = tuple[KeyPath, str]
 

@@ -15,6 +15,8 @@ from pydantic_core import CoreSchema
 
 Rate = Annotated[float, Field(ge=0.0, le=1.0)]
 PositiveInt = Annotated[int, Field(gt=0)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0.0)]
 Variant = Literal["element", "channel", "token", "block"]
 Depth = Literal["constant", "linear", "early", "late"]
 Progress = Literal["constant", "linear", "curriculum"]

@@ -9,11 +9,18 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from pipeline.config.augmentation import Augmentation
 from pipeline.config.monitoring import MonitoringConfig
-from pipeline.config.roles import PositiveInt, Rate, RoleDropout, Section
+from pipeline.config.roles import (
+    NonNegativeFloat,
+    PositiveInt,
+    Rate,
+    RoleDropout,
+    Section,
+)
+from pipeline.config.training import TrainConfig
 
-NonNegativeInt = Annotated[int, Field(ge=0)]
-NonNegativeFloat = Annotated[float, Field(ge=0.0)]
-Task = Literal["text-classification", "text-generation", "image-classification"]
+Task = Literal[
+    "text-classification", "text-generation", "image-classification", "audio-classification"
+]
 
 
 class ModelConfig(Section):
@@ -35,6 +42,8 @@ class ModelConfig(Section):
     """Defaults to the model's. Without either, a byte-level BPE is trained on the training text."""
     processor_name_or_path: str | None = None
     """Image processor or feature extractor; defaults to the model's. A model from scratch gets one of its size."""
+    sampling_rate: PositiveInt | None = None
+    """Of audio, in Hz, for a model from scratch (default 16,000); others have their extractor's."""
     tokenizer_vocab_size: PositiveInt = 4096
     """Vocabulary size of a tokenizer trained here."""
     trust_remote_code: bool = False
@@ -51,6 +60,11 @@ class ModelConfig(Section):
         if (self.model_name_or_path is None) == (self.model_type is None):
             raise ValueError(
                 "give exactly one of model_name_or_path (pretrained) and model_type (from scratch)"
+            )
+        named = self.processor_name_or_path or self.model_name_or_path
+        if self.sampling_rate is not None and named is not None:
+            raise ValueError(
+                f"sampling_rate has no effect: the feature extractor of {named} has its own"
             )
         return self
 
@@ -74,8 +88,47 @@ class DataSource(Section):
     """Column with the text."""
     image_column_name: str = "image"
     """Column with the image: encoded bytes, a path, or a data set's Image feature."""
+    audio_column_name: str = "audio"
+    """Column with the audio: encoded bytes, a path, or a data set's Audio feature."""
     label_column_name: str = "label"
     """Column with the label (classification)."""
+    messages_column_name: str | None = None
+    """Column with conversations (text-generation): lists of `{role, content}`. Makes a row a sample; the loss is on assistant turns."""
+    prompt_column_name: str | None = None
+    """Column with prompts, instead of messages: lists of messages, or plain text; goes with completion_column_name."""
+    completion_column_name: str | None = None
+    """Column with completions, which alone are learned."""
+    tools_column_name: str | None = None
+    """Column with the tools that a conversation may call: a list of JSON schemas, or such a list as JSON text."""
+
+    @property
+    def is_conversation(self) -> bool:
+        """Whether rows are conversations."""
+        return self.messages_column_name is not None or self.prompt_column_name is not None
+
+    @model_validator(mode="after")
+    def _one_form(self) -> "DataSource":
+        problems = []
+        if (self.prompt_column_name is None) != (self.completion_column_name is None):
+            problems.append("prompt_column_name and completion_column_name go together")
+        if self.messages_column_name is not None and self.prompt_column_name is not None:
+            problems.append("give messages_column_name, or prompt_ and completion_column_name")
+        if self.tools_column_name is not None and not self.is_conversation:
+            problems.append("tools_column_name needs messages_column_name or prompt_column_name")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+
+class CanaryConfig(Section):
+    """Sequences of random tokens planted in the training rows (text-generation), for the memorisation probe."""
+
+    num_canaries: PositiveInt = 16
+    """Different sequences."""
+    num_tokens: Annotated[int, Field(ge=4)] = 32
+    """Length of each; the probe asks for the second half."""
+    repeats: PositiveInt = 1
+    """Copies of each among the rows."""
 
 
 class DataConfig(DataSource):
@@ -88,9 +141,11 @@ class DataConfig(DataSource):
     test_split: str = "test"
     """Split that the evaluation stage reports on."""
     max_length: PositiveInt = 512
-    """Longest sequence in tokens; longer text is cut (classification), and the block size of text-generation."""
+    """Longest sequence in tokens; longer text is cut (classification, conversations), and the block size of text-generation."""
     packing: bool = False
     """text-generation: pack documents whole into training rows of at most max_length (a row is then the unit of the global batch), instead of joining them and cutting blocks."""
+    chat_template: str | None = None
+    """File with the Jinja chat template of conversations, instead of the tokenizer's; `{% generation %}` marks what is learned."""
     max_train_samples: PositiveInt | None = None
     """Use only this many training rows, chosen by key."""
     max_eval_samples: PositiveInt | None = None
@@ -99,97 +154,16 @@ class DataConfig(DataSource):
     """Column with the name of each row's domain, for `dropout.domains`."""
     augmentation: Augmentation = Augmentation()
     """How training samples of images and audio are varied; the variation follows from step and sample."""
+    min_seconds: NonNegativeFloat = 0.1
+    """Shorter clips of audio are set aside."""
+    max_seconds: Annotated[float, Field(gt=0)] = 30.0
+    """Longer clips of audio are set aside."""
     quarantine_budget: Rate = 0.01
-    """Largest share of a split's images or clips that may be broken; they are set aside, and listed in quarantine.jsonl."""
+    """Largest share of a split's images, clips or conversations that may be unusable; they are set aside, and listed in quarantine.jsonl."""
+    canaries: CanaryConfig | None = None
+    """Plant canaries in the training rows."""
     ood: dict[str, DataSource] = {}
     """Named out-of-distribution sets, for the evaluation stage."""
-
-
-class TrainConfig(Section):
-    """The Trainer's own names, and `global_batch_size`, from which accumulation follows."""
-
-    global_batch_size: PositiveInt = 32
-    """Samples per optimizer step, over all processes and micro-batches."""
-    per_device_train_batch_size: PositiveInt | None = None
-    """Micro-batch of one process; default: the global batch divided by the processes."""
-    per_device_eval_batch_size: PositiveInt = 32
-    """Evaluation batch of one process."""
-    num_train_epochs: Annotated[float, Field(gt=0)] = 3.0
-    """Passes over the training rows; ignored when max_steps is given."""
-    max_steps: PositiveInt | None = None
-    """Optimizer steps."""
-    learning_rate: NonNegativeFloat = 5e-5
-    """Peak learning rate."""
-    lr_scheduler_type: str = "linear"
-    """A transformers scheduler name."""
-    lr_scheduler_kwargs: dict[str, Any] = {}
-    """Arguments of the scheduler."""
-    warmup_steps: NonNegativeFloat = 0
-    """Warm-up in steps, or as a share of all steps when below 1."""
-    optim: str = "adamw_torch"
-    """A transformers optimizer name."""
-    weight_decay: NonNegativeFloat = 0.0
-    """Decoupled weight decay (biases and norms excepted)."""
-    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
-    adam_epsilon: Annotated[float, Field(gt=0)] = 1e-8
-    max_grad_norm: NonNegativeFloat = 1.0
-    """Gradient clipping; 0 switches it off."""
-    label_smoothing_factor: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Label smoothing of the training loss."""
-    r_drop_alpha: NonNegativeFloat = 0.0
-    """R-Drop: above 0, every sample is seen under two masks, and their divergence, times this, joins the loss."""
-    bf16: bool = False
-    """Mixed precision in bfloat16."""
-    fp16: bool = False
-    """Mixed precision in float16 (CUDA)."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in backward; masks stay the same."""
-    use_cpu: bool | None = None
-    """Default: true where there is no accelerator."""
-    dataloader_num_workers: NonNegativeInt = 0
-    """Worker processes for loading."""
-    logging_steps: PositiveInt = 10
-    """Log every so many steps."""
-    eval_steps: PositiveInt | None = None
-    """Evaluate every so many steps; default: only at the end."""
-    save_steps: PositiveInt | None = None
-    """Save a checkpoint every so many steps; default: only at the end."""
-    save_total_limit: PositiveInt = 2
-    """Checkpoints kept (the best one is always kept too)."""
-    load_best_model_at_end: bool = False
-    """Keep the weights of the best evaluation; needs eval_steps."""
-    metric_for_best_model: str = "loss"
-    """A metric of evaluation during training: `loss`, `accuracy`, `ece`, `perplexity`."""
-    greater_is_better: bool | None = None
-    """Default: true for accuracy and f1, false otherwise."""
-    early_stopping_patience: PositiveInt | None = None
-    """Stop after so many evaluations without improvement; needs eval_steps."""
-    early_stopping_threshold: NonNegativeFloat = 0.0
-    """Smallest change that counts as an improvement."""
-    disable_tqdm: bool = False
-    """No progress bar."""
-    extra: dict[str, Any] = {}
-    """Any other `TrainingArguments` field, checked against the installed class."""
-
-    @model_validator(mode="after")
-    def _evaluation_pairs(self) -> "TrainConfig":
-        problems = []
-        if self.load_best_model_at_end and self.eval_steps is None:
-            problems.append("load_best_model_at_end needs eval_steps")
-        if self.early_stopping_patience is not None and self.eval_steps is None:
-            problems.append("early_stopping_patience needs eval_steps")
-        if self.bf16 and self.fp16:
-            problems.append("bf16 and fp16 exclude each other")
-        micro = self.per_device_train_batch_size
-        if micro is not None and self.global_batch_size % micro:
-            problems.append(
-                f"global_batch_size {self.global_batch_size} is not a multiple of "
-                f"per_device_train_batch_size {micro}"
-            )
-        if problems:
-            raise ValueError("; ".join(problems))
-        return self
 
 
 class PeftConfig(BaseModel):
@@ -202,12 +176,16 @@ class PeftConfig(BaseModel):
 
 
 class InsertConfig(Section):
-    """Dropout sites for models that have none there (Llama, Qwen, Gemma, Mistral)."""
+    """Dropout sites for models that have none there (Llama, Qwen, Gemma, Mistral; images)."""
 
     embedding: RoleDropout | None = None
     """After the token embedding."""
     hidden: RoleDropout | None = None
     """On the output of every attention and MLP block, before the residual sum."""
+    patch: RoleDropout | None = None
+    """On the embedded patches of an image, before positions are added: whole patches, unless a variant is given."""
+    head: RoleDropout | None = None
+    """On the last norm of an image model, which its classifier reads."""
 
     @model_validator(mode="after")
     def _rates(self) -> "InsertConfig":
@@ -279,6 +257,25 @@ class DropoutConfig(Section):
         return any(role is not None and role.learned for role in given)
 
 
+class MemorisationConfig(Section):
+    """Prompts from training rows: how many greedy continuations repeat the row, beside those of test rows."""
+
+    num_prompts: PositiveInt = 100
+    """Rows of each kind, chosen by key."""
+    prompt_tokens: PositiveInt = 32
+    """Tokens that the model is given, from the start of a row."""
+    continuation_tokens: PositiveInt = 32
+    """Tokens that it goes on by."""
+    k: PositiveInt = 16
+    """Tokens in a row, the same as in what followed, that count as repeated."""
+
+    @model_validator(mode="after")
+    def _reachable(self) -> "MemorisationConfig":
+        if self.k > self.continuation_tokens:
+            raise ValueError("k tokens cannot be repeated in fewer continuation_tokens")
+        return self
+
+
 class EvaluationConfig(Section):
     """The evaluation stage: Monte-Carlo passes, calibration, out-of-distribution scores."""
 
@@ -296,6 +293,8 @@ class EvaluationConfig(Section):
     """Level of each interval."""
     max_fit_samples: PositiveInt = 5000
     """Training rows, chosen by key, whose features fit Mahalanobis and kNN."""
+    memorisation: MemorisationConfig | None = None
+    """Probe whether training rows are repeated verbatim (text-generation)."""
 
 
 class WandbConfig(Section):
@@ -349,6 +348,8 @@ class RunConfig(Section):
             )
         if self.dropout.adapter is not None and self.peft is None:
             problems.append("dropout.adapter needs a peft section")
+        problems += _conversation_problems(self.model.task, self.data)
+        problems += _memorisation_problems(self)
         if bool(self.dropout.domains) != (self.data.domain_column_name is not None):
             problems.append(
                 "dropout.domains and data.domain_column_name go together: give both or neither"
@@ -356,3 +357,37 @@ class RunConfig(Section):
         if problems:
             raise ValueError("; ".join(problems))
         return self
+
+
+def _conversation_problems(task: str, data: DataConfig) -> list[str]:
+    """Conversations are for text-generation, in all sets of a run or in none."""
+    problems = []
+    if data.is_conversation and task != "text-generation":
+        problems.append(f"data.messages_column_name and prompt_column_name: {task} reads none")
+    if data.chat_template is not None and not data.is_conversation:
+        problems.append("data.chat_template needs messages_column_name or prompt_column_name")
+    for name, source in data.ood.items():
+        if source.is_conversation != data.is_conversation:
+            problems.append(
+                f"data.ood.{name}: its rows are conversations if those of the run are; name its "
+                "messages_column_name, or prompt_column_name and completion_column_name"
+            )
+    return problems
+
+
+def _memorisation_problems(config: RunConfig) -> list[str]:
+    """Canaries and their probe are for text-generation, and fit in its samples."""
+    problems = []
+    canaries, probe = config.data.canaries, config.evaluation.memorisation
+    task, longest = config.model.task, config.data.max_length
+    if task != "text-generation" and canaries is not None:
+        problems.append(f"data.canaries: of text-generation, not {task}")
+    if task != "text-generation" and probe is not None:
+        problems.append(f"evaluation.memorisation: of text-generation, not {task}")
+    if canaries is not None and canaries.num_tokens > longest:
+        problems.append(f"data.canaries.num_tokens is above data.max_length ({longest})")
+    if probe is not None and probe.prompt_tokens + probe.k > longest:
+        problems.append(
+            f"evaluation.memorisation: prompt_tokens + k is above data.max_length ({longest})"
+        )
+    return problems

@@ -322,6 +322,9 @@ class KeyedDropout:
         if found is None:
             return np.zeros(asked.shape, dtype=bool)
         mask, active, key = found
+        stack = active.stacks.get(site)
+        if asked.over_time and asked.attention_mask is None and stack is not None:
+            asked = replace(asked, attention_mask=stack.attention_mask)  # HuBERT hears padding
         spans = SpanMask(mask.site, asked, mask.variant, mask.rates(active).tolist())
         if self.observer is not None:
             self.observer(spans, active, key, ones)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+_FRAMES = "_get_feature_vector_attention_mask"
 _INPUTS = ("input_ids", "inputs_embeds", "decoder_input_ids")
 
 
@@ -28,7 +29,13 @@ def is_stack(module: nn.Module) -> bool:
     Embedding layers take tokens but no mask, and know nothing of padding.
     """
     names = _parameters(type(module).forward)
-    return "attention_mask" in names and ("input_ids" in names or "inputs_embeds" in names)
+    takes_tokens = "input_ids" in names or "inputs_embeds" in names
+    return "attention_mask" in names and (takes_tokens or _takes_waves(module))
+
+
+def _takes_waves(module: nn.Module) -> bool:
+    """Whether a module makes frames of waves, and knows which of them are padding."""
+    return "input_values" in _parameters(type(module).forward) and hasattr(module, _FRAMES)
 
 
 @dataclass
@@ -52,6 +59,8 @@ class StackInputs:
         """Read the inputs of a stack's call; None when it was given no tokens."""
         names = _parameters(type(module).forward)[1:]
         given = {**dict(zip(names, args, strict=False)), **kwargs}
+        if _takes_waves(module):
+            return _frames(module, given.get("input_values"), _matrix(given.get("attention_mask")))
         tokens = next((given[name] for name in _INPUTS if given.get(name) is not None), None)
         if tokens is None:
             return None
@@ -105,6 +114,17 @@ class StackInputs:
     def _so_far(self) -> Tensor:
         """Positions of the cached tokens and of this call's."""
         return _from_mask(self.attention_mask, self.cache_length + self.length)
+
+
+def _frames(module: Any, waves: Tensor | None, attention_mask: Tensor | None) -> StackInputs | None:
+    """What the convolutions of a speech model leave of a padded batch; None without padding."""
+    if waves is None or attention_mask is None:
+        return None
+    make_mask = getattr(module, _FRAMES)
+    options = {"add_adapter": False} if "add_adapter" in _parameters(make_mask) else {}
+    length = int(module._get_feat_extract_output_lengths(waves.shape[1], **options))
+    mask = make_mask(length, attention_mask, **options)
+    return StackInputs(length=length, attention_mask=mask)
 
 
 def _length_of(cache: Any) -> int:

@@ -51,13 +51,18 @@ def _with_rate(site: Site, config: DropoutConfig, counts: Mapping[str, int]) -> 
         rate=float(rate),
         in_force=is_live,
         reason="" if is_live else f"rate 0{' at this depth' * (full > 0 and share == 0)}",
-        variant=given.variant or site.variant,
+        variant=given.variant or _own_variant(site),
         block_size=given.block_size or 1,
         progress=given.progress,
         gamma=given.gamma,
         domains=tuple(sorted(domains.items())),
         learned=learned,
     )
+
+
+def _own_variant(site: Site) -> str:
+    """PatchDropout leaves out whole patches: Liu et al., WACV 2023."""
+    return "token" if site.door == INSERTED and site.role == "patch" else site.variant
 
 
 def _shared_out(rate: float, share: float) -> float:
@@ -114,11 +119,19 @@ def _hint(role: str) -> str:
     return ""
 
 
+_PLACES = {
+    "embedding": "embed_tokens",
+    "hidden": "self_attn, mlp",
+    "patch": "patch_embeddings of images",
+    "head": "the layernorm behind the layers of an image model",
+}
+
+
 def _insertions_without_modules(sites: Sequence[Site], config: DropoutConfig) -> list[str]:
     inserted = {site.role for site in sites if site.door == INSERTED}
     return [
         f"dropout.insert.{role} is {given.rate:g}, but this model has no modules to put it on "
-        "(embed_tokens, self_attn, mlp)."
+        f"({_PLACES[role]})."
         for role, given in config.insert
         if given is not None and given.rate and role not in inserted
     ]

@@ -36,6 +36,8 @@ class SpanRequest:
     mask_length: int
     min_masks: int
     attention_mask: Tensor | None
+    over_time: bool = False
+    """Whether the axis is time."""
 
     def extents(self) -> list[tuple[int, int]]:
         """First index and length of each sample, without its padding.
@@ -145,10 +147,15 @@ def _replacement(original: Any, names: dict[nn.Module, str], spans: Spans) -> An
         attention_mask: Tensor | None = None,
         min_masks: int = 0,
     ) -> Any:
-        owner = sys._getframe(1).f_locals.get("self")
+        caller = sys._getframe(1).f_locals
+        owner = caller.get("self")
         if not isinstance(owner, nn.Module) or owner not in names:
             return original(shape, mask_prob, mask_length, attention_mask, min_masks)
-        asked = SpanRequest((shape[0], shape[1]), mask_prob, mask_length, min_masks, attention_mask)
+        # Spans of time come first, where there are any.
+        masks_time = getattr(owner.config, "mask_time_prob", 0) > 0
+        over_time = masks_time and caller.get("mask_time_indices") is None
+        sizes = (shape[0], shape[1])
+        asked = SpanRequest(sizes, mask_prob, mask_length, min_masks, attention_mask, over_time)
         return spans(names[owner], asked)
 
     return compute_mask_indices

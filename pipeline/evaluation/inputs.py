@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from pipeline.config.schema import RunConfig
 from pipeline.errors import DataError
-from pipeline.modality.bundle import MODALITIES, LabelNames
+from pipeline.modality.bundle import LabelNames, modality_of
 from pipeline.modality.domains import with_domains
 from pipeline.modality.labels import label_values, row_list
 from pipeline.modality.quarantine import Quarantine
@@ -75,7 +75,7 @@ def prepare_inputs(
     Raises:
         DataError: there is nothing that the model could predict, or a sample is broken.
     """
-    modality, source = MODALITIES[config.model.task], config.data
+    modality, source = modality_of(config), config.data
     prepared = modality.prepare(rows, source, config, processor, None)
     prepared = with_domains(prepared, rows, config)
     if label_names is not None and source.label_column_name in rows.column_names:
@@ -85,8 +85,9 @@ def prepare_inputs(
         prepared = prepared.add_column("labels", labels)
     if SAMPLE_ID in rows.column_names:
         prepared = prepared.remove_columns(SAMPLE_ID).add_column(SAMPLE_ID, rows[SAMPLE_ID][:])
-    if modality.judge is not None:
-        Quarantine(0.0).usable("inputs", prepared, modality.judge)
+    judge = modality.judge
+    if judge is not None:
+        Quarantine(0.0).usable("inputs", prepared, lambda sample: judge(sample, config))
     if not len(prepared):
         raise DataError("The inputs make not one sample: the model predicts nothing of them.")
     return prepared
@@ -108,7 +109,7 @@ def carried_columns(
         taken: names to leave out.
     """
     names = [name for name in own_columns(rows, config) if name not in taken]
-    if not names or not MODALITIES[config.model.task].one_sample_a_row:
+    if not names or not modality_of(config).one_sample_a_row:
         return None
     kept = rows.select_columns(names)
     if places is not None:
@@ -118,7 +119,8 @@ def carried_columns(
 
 def own_columns(rows: "Dataset", config: RunConfig) -> list[str]:
     """Columns that are neither input nor label nor the number of the row."""
-    inputs = MODALITIES[config.model.task].inputs(config.data).values()
+    modality, source = modality_of(config), config.data
+    inputs = (*modality.inputs(source).values(), *modality.optional_inputs(source))
     ours = {*inputs, config.data.label_column_name, SAMPLE_ID}
     return [name for name in rows.column_names if name not in ours]
 
@@ -158,7 +160,7 @@ def _read(path: Path) -> "Dataset":
 
 
 def _problems(rows: "Dataset", config: RunConfig, label_names: LabelNames) -> list[str]:
-    modality, source = MODALITIES[config.model.task], config.data
+    modality, source = modality_of(config), config.data
     if not len(rows):
         return ["there are no rows"]
     problems: list[str] = []

@@ -30,6 +30,7 @@ from pipeline.evaluation.uncertainty import Uncertainty
 Prediction = ClassPrediction | TokenPrediction
 Scores = dict[str, NDArray[np.float64]]
 ENTROPIES = ("predictive_entropy", "expected_entropy", "mutual_information")
+_TOP = 5
 ECE_CHANGE = "mc_minus_deterministic/ece"
 
 
@@ -111,8 +112,17 @@ def _class_quality(
     return {
         **compute_metric("accuracy", predictions, labels),
         **compute_metric("f1", predictions, labels),
+        **top_5(probabilities, labels),
         "loss": loss,
     }
+
+
+def top_5(probabilities: NDArray[np.float64], labels: NDArray[np.int64]) -> dict[str, float]:
+    """Share of rows of which at most four classes are likelier than the label; of 5 it says all."""
+    if probabilities.shape[1] <= _TOP:
+        return {}
+    of_label = np.take_along_axis(probabilities, labels[:, None], axis=1)
+    return {"top_5_accuracy": float(((probabilities > of_label).sum(axis=1) < _TOP).mean())}
 
 
 def _class_intervals(

@@ -12,7 +12,7 @@ from pipeline.dropout.plan import DropoutPlan
 from pipeline.errors import ConfigError, RunFolderError
 from pipeline.evaluation.mc_dropout import MonteCarlo
 from pipeline.evaluation.predict import Predictor
-from pipeline.modality.bundle import MODALITIES
+from pipeline.modality.bundle import modality_of
 from pipeline.records import RunFolder
 from pipeline.trained import trained_label_names, trained_model
 
@@ -65,9 +65,9 @@ def open_predictor(
     passes = config.evaluation.num_mc_passes
     return Predictor(
         model,
-        MODALITIES[config.model.task].collator(processor, config),
+        modality_of(config).collator(processor, config),
         MonteCarlo(keyed, passes, strict=config.dropout.strict),
         batch_size=config.evaluation.batch_size,
         has_classes=trained_label_names(run) is not None,
-        lengths=MODALITIES[config.model.task].lengths,
+        lengths=modality_of(config).lengths,
     )

@@ -21,7 +21,8 @@ from pipeline.evaluation.calibration import apply_temperature
 from pipeline.evaluation.judge import ENTROPIES, Prediction, Scores
 from pipeline.evaluation.ood.registry import CLASS_SOURCES, SCORES, TOKEN_SOURCES
 from pipeline.evaluation.predict import ClassPrediction, TokenPrediction
-from pipeline.modality.bundle import MODALITIES, LabelNames
+from pipeline.modality.bundle import MODALITIES, LabelNames, modality_of
+from pipeline.modality.images import thumbnail
 from pipeline.records import write_bytes
 
 if TYPE_CHECKING:
@@ -30,13 +31,14 @@ if TYPE_CHECKING:
 SCORED_SCHEMA = "masklock-scored-v1"
 METADATA_KEY = b"masklock"
 EXCERPT_CHARACTERS = 500
+NUM_THUMBNAILS = 20
 COLUMNS = ("sample_id", "batch_key", "embedding")
 CLASS_COLUMNS = (
     *("label", "prediction", "correct", "label_log_probability", "disagreement"),
     *("confidence", "deterministic_confidence", "calibrated_confidence"),
 )
 TOKEN_COLUMNS = ("log_probability", "perplexity", "deterministic_perplexity")
-_NOT_IN_SAMPLES = ("batch_key", "input_ids", "image", "embedding")
+_NOT_IN_SAMPLES = ("batch_key", "input_ids", "label_mask", "image", "audio", "embedding")
 _TINY = np.finfo(np.float64).tiny  # stands for a probability of exactly 0: log = -708.4
 
 
@@ -52,7 +54,7 @@ class Origin:
 
 def described_by(config: RunConfig, processor: Any) -> Callable[["Dataset"], dict[str, pa.Array]]:
     """The columns about the input of prepared rows of this task."""
-    modality = MODALITIES[config.model.task]
+    modality = modality_of(config)
     return lambda rows: modality.described(rows, processor)
 
 
@@ -98,7 +100,19 @@ def samples_of(split: str, scored: pa.Table) -> pa.Table:
     place = table.column_names.index("text")
     excerpt = pc.utf8_slice_codeunits(table["text"], 0, EXCERPT_CHARACTERS)
     table = table.set_column(place, "text", excerpt)
+    if "image" in scored.column_names:
+        table = table.append_column("thumbnail", _thumbnails(scored))
     return table.add_column(1, "split", pa.array([split] * len(table), pa.string()))
+
+
+def _thumbnails(scored: pa.Table) -> pa.Array:
+    """Small PNGs of the most uncertain rows, which the report shows; null for all others."""
+    entropy = scored["predictive_entropy"].to_numpy()
+    order = np.lexsort((scored["sample_id"].to_numpy(), -entropy))[:NUM_THUMBNAILS]
+    pictures: list[bytes | None] = [None] * len(scored)
+    for place in order.tolist():
+        pictures[place] = thumbnail(scored["image"][place].as_py())
+    return pa.array(pictures, pa.binary())
 
 
 def with_carried(scored: pa.Table, carried: pa.Table | None) -> pa.Table:

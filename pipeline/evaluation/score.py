@@ -34,7 +34,7 @@ from pipeline.evaluation.samples import (
     with_metadata,
     write_table,
 )
-from pipeline.modality.bundle import MODALITIES, LabelNames
+from pipeline.modality.bundle import LabelNames, modality_of
 from pipeline.records import RunFolder
 from pipeline.trained import model_version, trained_label_names, trained_processor
 
@@ -188,10 +188,12 @@ def _prepared_again(table: pa.Table, config: RunConfig, scorer: _Scorer) -> "Dat
     from datasets import Dataset
 
     if "input_ids" in table.column_names:
-        return Dataset.from_dict(table.select(["text", "sample_id", "input_ids"]).to_pydict())
-    wanted = MODALITIES[config.model.task].inputs(config.data)
+        made = ("text", "sample_id", "input_ids", "label_mask")
+        by_tokens = table.select([name for name in made if name in table.column_names])
+        return Dataset.from_dict(by_tokens.to_pydict())
+    wanted = modality_of(config).inputs(config.data)
     names = {key.removesuffix("_column_name"): column for key, column in wanted.items()}
-    names["label"] = config.data.label_column_name
+    names |= {"label": config.data.label_column_name, "text": config.data.text_column_name}
     kept = [name for name in (*names, "sample_id") if name in table.column_names]
     columns = {names.get(name, name): table[name].to_pylist() for name in kept}
     domain = config.data.domain_column_name
@@ -223,7 +225,7 @@ def _require_output(output: Path, inputs: Sequence[Path]) -> None:
 
 
 def _require_free_names(rows: "Dataset", config: RunConfig, label_names: LabelNames) -> None:
-    taken = scored_names(config.model.task, label_names is not None)
+    taken = scored_names(modality_of(config).task, label_names is not None)
     if double := [name for name in own_columns(rows, config) if name in taken]:
         raise DataError(
             f"The inputs have columns that scored rows have too: {', '.join(double)}. Rename "

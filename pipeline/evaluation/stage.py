@@ -15,6 +15,7 @@ import pyarrow as pa
 from torch import Tensor
 
 from pipeline import agreement, parallel
+from pipeline.canaries import without_canaries
 from pipeline.config.schema import RunConfig
 from pipeline.data import PreparedData, RawData, load_raw, prepare_data
 from pipeline.dropout.kernels import active_kernel
@@ -23,6 +24,7 @@ from pipeline.errors import DataError
 from pipeline.evaluation import judge
 from pipeline.evaluation.fitted import Fitted, write_fitted
 from pipeline.evaluation.inputs import carried_columns
+from pipeline.evaluation.memorisation import memorisation_section
 from pipeline.evaluation.ood.registry import FeatureDetector, fit_detectors
 from pipeline.evaluation.opening import open_predictor, processes, read_plan
 from pipeline.evaluation.predict import Clock, Predictor
@@ -87,6 +89,7 @@ def _evaluate(
         detectors = _fit(to_fit, opened.predictor.has_classes, config)
         scores = _scores(opened, predictions, detectors)
         report = _report(config, opened.data, opened.predictor, clock, predictions, scores)
+        report |= _memorisation(opened, config, say)
         fitted = Fitted(model_version(run), detectors, report["calibration"].get("temperature"))
         scored = _scored(config, opened, predictions, scores, fitted)
         _write(run, report, scored, fitted)
@@ -127,8 +130,9 @@ def _open(run: RunFolder, config: RunConfig, plan: DropoutPlan) -> _Opened:
 def _rows_to_fit(data: PreparedData, config: RunConfig) -> Any:
     """The training rows behind the feature detectors, chosen by key."""
     limit, wanted = config.evaluation.max_fit_samples, config.evaluation.knn_neighbours
-    keep = chosen(len(data.train), limit)
-    rows = data.train if keep is None else data.train.select(keep)
+    rows = without_canaries(data.train)
+    keep = chosen(len(rows), limit)
+    rows = rows if keep is None else rows.select(keep)
     if len(rows) < wanted:
         raise DataError(
             f"evaluation.knn_neighbours asks for neighbour {wanted}, but there are {len(rows)} "
@@ -215,6 +219,15 @@ def _report(
     return {**report, "verdict": verdict(report, config.evaluation.confidence_level)}
 
 
+def _memorisation(opened: _Opened, config: RunConfig, say: Say) -> dict[str, Any]:
+    if config.evaluation.memorisation is None:
+        return {}
+    say("Probing whether training rows are repeated.")
+    data, model = opened.data, opened.predictor.model
+    found = memorisation_section(model, data.train, data.test, config, opened.processor)
+    return {"memorisation": found}
+
+
 def versions() -> dict[str, str]:
     """What this run was computed with."""
     packages = ("torch", "transformers", "accelerate", "peft", "datasets", "numpy", "scikit-learn")
@@ -251,7 +264,7 @@ def _reference(
     scored: pa.Table, opened: _Opened, config: RunConfig, plan: DropoutPlan, fitted: Fitted
 ) -> pa.Table:
     """The test rows as `masklock score` would have scored them, with the user's own columns."""
-    places = opened.data.test["sample_id"][:] if opened.predictor.has_classes else None
+    places = opened.data.test["sample_id"][:]
     carried = carried_columns(opened.raw.test, config, places=places, taken=scored.column_names)
     names = [] if carried is None else carried.column_names
     facts = scoring_facts(config, fitted.model_version, plan.digest, opened.data.label_names, names)
@@ -305,6 +318,9 @@ def headline_numbers(report: Mapping[str, Any]) -> dict[str, float]:
             numbers[f"calibration/{name}"] = section
     for name, value in report["uncertainty"]["means"].items():
         numbers[f"uncertainty/{name}"] = value
+    for name in ("train", "control", "canaries"):
+        if name in report.get("memorisation", {}):
+            numbers[f"eval/memorised_{name}"] = report["memorisation"][name]["share"]
     for set_name, section in report["ood"].items():
         for score, figures in section["scores"].items():
             numbers[f"ood/{set_name}/{score}_auroc"] = figures["auroc"]

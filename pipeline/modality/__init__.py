@@ -1,6 +1,6 @@
 """Everything that differs by modality, one bundle a task; importing this registers them all."""
 
-from pipeline.modality import language, vision
+from pipeline.modality import chat, language, speech, vision
 from pipeline.modality.bundle import MODALITIES, Modality
 
-__all__ = ["MODALITIES", "Modality", "language", "vision"]
+__all__ = ["MODALITIES", "Modality", "chat", "language", "speech", "vision"]

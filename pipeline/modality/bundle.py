@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 LabelNames = tuple[str, ...] | None
+CONVERSATIONS = "conversations"
 
 # Which samples a limit keeps is the same under every seed, so that runs with different seeds train
 # and are judged on the same ones. Epoch -1 comes before every epoch of training: the draw is used
@@ -48,7 +49,7 @@ class Modality:
     """Everything one task does its own way."""
 
     task: str
-    """Hugging Face pipeline task name."""
+    """Hugging Face pipeline task name, or `conversations`: text-generation on rows of messages."""
     auto_class: str
     """Name of the model class in transformers."""
     metric_names: tuple[str, ...]
@@ -72,11 +73,11 @@ class Modality:
     """Inputs of a forward pass to trace: batch size, length (or side), device."""
     lengths: Callable[["Dataset"], list[int]]
     """How long each prepared sample is: those of like length share batches."""
-    judge: Callable[[Mapping[str, Any]], Any] | None
+    judge: Callable[[Mapping[str, Any], RunConfig], Any] | None
     """Refuses a prepared sample that cannot be used, by `BadSample`; None where none is broken."""
     described: Callable[["Dataset", Any], dict[str, "pa.Array"]]
     """From prepared samples and the processor: what scored rows say of their input, `text` among
-    it, and what it takes to make it again (`image`, `input_ids`)."""
+    it, and what it takes to make it again (`image`, `audio`, `input_ids`)."""
     described_names: tuple[str, ...]
     """The columns that `described` gives."""
     prepare: Prepare
@@ -95,6 +96,8 @@ class Modality:
     """From the added sums: one number for each of `metric_names`."""
     notes: Callable[[Any], list[str]]
     """From the processor: what the user should know about how rows are prepared."""
+    optional_inputs: Callable[[DataSource], tuple[str, ...]] = lambda source: ()
+    """Columns that are read where rows have them, such as transcripts."""
 
 
 MODALITIES: dict[str, Modality] = {}
@@ -109,6 +112,11 @@ def register(modality: Modality) -> Modality:
         )
     MODALITIES[modality.task] = modality
     return modality
+
+
+def modality_of(config: RunConfig) -> Modality:
+    """The bundle of a run: that of its task, or of conversations where its rows are such."""
+    return MODALITIES[CONVERSATIONS if config.data.is_conversation else config.model.task]
 
 
 def chosen(num_samples: int, max_samples: int | None) -> list[int] | None:

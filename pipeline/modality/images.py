@@ -39,6 +39,18 @@ def decode_image(value: Any, mode: str = "RGB") -> Image.Image:
         return _flattened(ImageOps.exif_transpose(image), mode)
 
 
+def thumbnail(value: Any, edge: int = 64) -> bytes | None:
+    """A small PNG of an image, at most `edge` pixels each way; None where it cannot be decoded."""
+    try:
+        image = decode_image(value)
+    except BadSample:
+        return None
+    image.thumbnail((edge, edge))
+    file = io.BytesIO()
+    image.save(file, "PNG", optimize=True)
+    return file.getvalue()
+
+
 def encoded(value: Any) -> bytes:
     """The bytes of an image or audio file, from the row or from the path that it names."""
     if isinstance(value, bytes | bytearray):

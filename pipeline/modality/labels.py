@@ -66,11 +66,11 @@ def label_problems(rows: "Dataset", column: str, names: tuple[str, ...]) -> Iter
         yield from _outside(values, column, names)
 
 
-def row_list(rows: list[int]) -> str:
+def row_list(rows: list[int], kind: str = "row") -> str:
     """`row 3`, or `rows 3, 5, 8`, or the first ten and how many more."""
     shown = ", ".join(str(row) for row in rows[:NUM_SHOWN])
     more = f" and {len(rows) - NUM_SHOWN} more" if len(rows) > NUM_SHOWN else ""
-    return f"{'row' if len(rows) == 1 else 'rows'} {shown}{more}"
+    return f"{kind}{'' if len(rows) == 1 else 's'} {shown}{more}"
 
 
 def _outside(values: list[Any], column: str, names: tuple[str, ...]) -> Iterator[str]:

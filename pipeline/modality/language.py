@@ -31,7 +31,7 @@ def prepare_classification(
     rows: "Dataset",
     source: DataSource,
     config: RunConfig,
-    tokenizer: Any,
+    processor: Any,
     label_names: LabelNames,
     *,
     max_samples: int | None = None,
@@ -44,20 +44,20 @@ def prepare_classification(
 
     def encode(batch: dict[str, list[Any]], places: list[int]) -> dict[str, Any]:
         texts = batch[source.text_column_name]
-        inputs = tokenizer(texts, truncation=True, max_length=config.data.max_length)
+        inputs = processor(texts, truncation=True, max_length=config.data.max_length)
         columns = {"text": texts, "sample_id": [numbers[place] for place in places]}
         if labels is not None:
             columns["labels"] = [labels[place] for place in places]
         return columns | dict(inputs)
 
-    return _map(kept, encode)
+    return mapped(kept, encode)
 
 
 def prepare_blocks(
     rows: "Dataset",
     source: DataSource,
     config: RunConfig,
-    tokenizer: Any,
+    processor: Any,
     label_names: LabelNames,
     *,
     max_samples: int | None = None,
@@ -73,16 +73,16 @@ def prepare_blocks(
     from datasets import Dataset
 
     if config.data.packing:
-        return _prepare_documents(rows, source, config, tokenizer, max_samples)
+        return _prepare_documents(rows, source, config, processor, max_samples)
     stream = array("q")  # 8 bytes a token: a billion tokens fit a workstation
-    for document in _documents(rows, source.text_column_name, tokenizer):
+    for document in _documents(rows, source.text_column_name, processor):
         stream.extend(document)
     size = config.data.max_length
     starts = range(0, len(stream) - 1, size)  # a last block of one token would predict nothing
     keep = chosen(len(starts), max_samples)
     numbers = list(range(len(starts))) if keep is None else keep
     blocks = [stream[starts[number] : starts[number] + size].tolist() for number in numbers]
-    texts = tokenizer.batch_decode(blocks)
+    texts = processor.batch_decode(blocks)
     return Dataset.from_dict({"text": texts, "sample_id": numbers, "input_ids": blocks})
 
 
@@ -190,16 +190,27 @@ def _collate(
     present = [name for name in padding if name in features[0] or name == "attention_mask"]
     batch = {name: [pad(row, padding[name]) for row in column(name)] for name in present}
     if causal:
-        # Nothing predicts a row's first token: ignored, so that labels count the predicted tokens.
-        batch["labels"] = [
-            pad([losses.IGNORED, *row["input_ids"][1:]], losses.IGNORED) for row in features
-        ]
+        batch["labels"] = [pad(_next_tokens(row), losses.IGNORED) for row in features]
     scalars = [name for name in SCALARS if name in features[0]]
     if "position_ids" in features[0]:
         scalars.remove("sample_id")
         batch = _as_packed(batch, features, width, left)
     batch |= {name: [row[name] for row in features] for name in scalars}
     return {name: torch.tensor(values, dtype=torch.int64) for name, values in batch.items()}
+
+
+def _next_tokens(row: dict[str, Any]) -> list[int]:
+    """Tokens to predict; of a conversation, those of the assistant.
+
+    Nothing predicts a row's first token: ignored, so that labels count the predicted tokens.
+    """
+    tokens = row["input_ids"][1:]
+    learned = row.get("label_mask", [1] * len(row["input_ids"]))[1:]
+    kept = [
+        one if is_learned else losses.IGNORED
+        for one, is_learned in zip(tokens, learned, strict=True)
+    ]
+    return [losses.IGNORED, *kept]
 
 
 def _as_packed(
@@ -243,8 +254,8 @@ def _not_text(rows: "Dataset", column: str) -> str:
     return f"column {column!r} holds {rows.features[column]}, not text; name another column"
 
 
-def _map(rows: "Dataset", encode: Callable[..., dict[str, Any]]) -> "Dataset":
-    """In memory, or if large in the Hugging Face cache: never beside the user's files."""
+def mapped(rows: "Dataset", encode: Callable[..., dict[str, Any]]) -> "Dataset":
+    """Rows encoded: in memory, or in the Hugging Face cache; never beside the user's files."""
     from datasets import config
 
     small = rows.data.nbytes < IN_MEMORY_BYTES

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.errors import DataError
+from pipeline.modality.labels import row_list
 
 NUM_SHOWN = 5
 
@@ -49,7 +50,7 @@ class Quarantine:
         Args:
             split: whose they are.
             samples: prepared, with their `sample_id`.
-            judge: the modality's.
+            judge: the modality's, for this run.
 
         Raises:
             DataError: more than the budget are refused, with the reasons and examples.
@@ -75,8 +76,12 @@ class Quarantine:
                 for split, count in counts.items()]  # fmt: skip
 
     def _too_many(self, split: str, refused: list[SetAside], total: int) -> str:
-        lines = "".join(f"\n  - sample {s.sample_id}: {s.reason}" for s in refused[:NUM_SHOWN])
-        more = f"\n  - ... ({len(refused)} in all)" if len(refused) > NUM_SHOWN else ""
+        by_reason: dict[str, list[int]] = {}
+        for sample in refused:
+            by_reason.setdefault(sample.reason, []).append(sample.sample_id)
+        shown = list(by_reason.items())[:NUM_SHOWN]
+        lines = "".join(f"\n  - {row_list(ids, 'sample')}: {why}" for why, ids in shown)
+        more = f"\n  - ... ({len(refused)} in all)" if len(by_reason) > NUM_SHOWN else ""
         return (
             f"{split}: {len(refused)} of {total} samples cannot be used, more than "
             f"data.quarantine_budget allows ({self.budget:g}). Mend or remove them, or raise the "

@@ -15,14 +15,17 @@ SILENCE = 1e-4
 
 
 def decode_audio(
-    value: Any, sampling_rate: int, min_seconds: float = 0.0, max_seconds: float | None = None
+    value: Any,
+    sampling_rate: int | None,
+    min_seconds: float = 0.0,
+    max_seconds: float | None = None,
 ) -> Waveform:
     """One clip, [T] float32 in [-1, 1].
 
     Args:
         value: encoded bytes, or `{"bytes": ..., "path": ...}` as `Audio(decode=False)` gives it; or
             `{"array": ..., "sampling_rate": ...}`.
-        sampling_rate: of the result, in Hz; other rates are resampled.
+        sampling_rate: of the result, in Hz; other rates are resampled. None: the clip's own.
         min_seconds, max_seconds: shorter and longer clips are refused.
 
     Raises:
@@ -39,7 +42,7 @@ def decode_audio(
         raise BadSample("holds NaN or infinite samples")
     if float(np.abs(samples).max()) < SILENCE:
         raise BadSample("silent: no sample above -80 dB")
-    return resampled(samples, rate, sampling_rate)
+    return resampled(samples, rate, rate if sampling_rate is None else sampling_rate)
 
 
 def duration(value: Any) -> float:

@@ -41,9 +41,10 @@ class Probe:
         seen = self.masks.setdefault(str(active.index), {}).setdefault(site, {})
         if mask.is_shared:  # all samples of a step have this one
             bits = bits.expand(active.row_ids.shape[0], *bits.shape)
+        last_too = mask.variant.kernel in ("attention", "spans")
         per_row = bits.reshape(active.row_ids.shape[0], -1, *bits.shape[1:])
         for row, sample, own in samples_in(active.row_ids, mask.attended(active)):
-            digest = _digest(_own_tokens(per_row[row], own, mask.variant.kernel == "attention"))
+            digest = _digest(_own_tokens(per_row[row], own, last_too))
             if seen.setdefault(str(sample), digest) != digest:
                 self.changed.append(f"step {active.index}, {site}, sample {sample}")
 
@@ -84,12 +85,16 @@ def samples_in(
             yield row, sample, ids == sample
 
 
-def _own_tokens(bits: Tensor, own: Tensor | None, is_attention: bool) -> Tensor:
-    """Bits of one sample `[m, ..., D]` without those of other tokens of its row."""
+def _own_tokens(bits: Tensor, own: Tensor | None, last_too: bool) -> Tensor:
+    """Bits of one sample `[m, ..., D]` without those of other tokens of its row.
+
+    Args:
+        last_too: whether the last axis has tokens too: keys, or the places of spans.
+    """
     if own is None or bits.dim() < 2:
         return bits
     own, length = own.to(bits.device), len(own)
-    if not is_attention:
+    if not last_too:
         return bits[..., own, :] if bits.shape[-2] == length else bits
     if bits.shape[-1] == length:
         bits = bits[..., own]

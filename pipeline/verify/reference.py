@@ -3,6 +3,7 @@
 No Trainer, no accelerate, no collator's padding, no loss function of ours.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -16,11 +17,13 @@ from pipeline.dropout.concrete import PARAMETER, learned_rates_of
 from pipeline.dropout.context import KeyedDropout
 from pipeline.dropout.key import row_id
 from pipeline.dropout.schedules import NO_DOMAIN
+from pipeline.modality.bundle import modality_of
 from pipeline.packing import documents_of
 from pipeline.train import Parts
 from pipeline.verify.compare import Record
 from pipeline.verify.probe import Probe
 
+INPUTS = "inputs"
 NO_DECAY = ["bias", "layernorm", "rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
 
 
@@ -39,10 +42,11 @@ def run_by_hand(parts: Parts, num_steps: int) -> Record:
     stream = TrainingStream(parts.data.train, config.seed, num_steps, size)
     optimizer = adamw(model, config)
     schedule = scheduler(optimizer, config, num_steps)
+    collate = modality_of(config).collator(parts.processor, config)
     losses = {}
     for step in range(num_steps):
         taken = range(step * size, (step + 1) * size)
-        rows = [document for k in taken for document in documents_of(stream[k])]
+        rows = [one for k in taken for one in documents_of(with_inputs(stream[k], collate))]
         alpha = config.train.r_drop_alpha
         num_rows = len(parts.data.train) * len(rows) / size  # of documents, where rows are packed
         smoothing = config.train.label_smoothing_factor
@@ -102,12 +106,24 @@ def forward(model: nn.Module, keyed: KeyedDropout, row: dict, step: int, view: i
 
 def divergence(views: list[Tensor], row: dict) -> Tensor:
     """(KL(p | q) + KL(q | p)) / 2 of two views, over the predicted tokens."""
-    p, q = (v[0].log_softmax(-1) if "labels" in row else v[0, :-1].log_softmax(-1) for v in views)
+    places = slice(None) if "labels" in row else predicting(row)
+    p, q = (logits[0][places].log_softmax(-1) for logits in views)
     return ((p.exp() * (p - q)).sum() + (q.exp() * (q - p)).sum()) / 2
+
+
+def with_inputs(row: dict, collate: Callable[[list[dict]], dict[str, Tensor]]) -> dict:
+    """A row that is a file: what the model takes of it alone, which needs no padding."""
+    if "input_ids" in row:
+        return row
+    batch = collate([row])
+    own = {name: row[name] for name in ("sample_id", "labels", "domain") if name in row}
+    return {**own, INPUTS: {n: v for n, v in batch.items() if n not in (*own, "mask_step")}}
 
 
 def inputs_of(row: dict, device: torch.device) -> dict[str, Tensor]:
     """The model's arguments for one row, without padding."""
+    if INPUTS in row:
+        return {name: value.to(device) for name, value in row[INPUTS].items()}
     names = ("input_ids", "attention_mask", "token_type_ids")
     given = {name: torch.tensor([row[name]], device=device) for name in names if name in row}
     return {"attention_mask": torch.ones_like(given["input_ids"]), **given}
@@ -115,15 +131,25 @@ def inputs_of(row: dict, device: torch.device) -> dict[str, Tensor]:
 
 def num_items(row: dict) -> int:
     """What the loss is a mean over: one label, or the predicted tokens."""
-    return 1 if "labels" in row else len(row["input_ids"]) - 1
+    return 1 if "labels" in row else len(predicting(row))
+
+
+def predicting(row: dict) -> list[int]:
+    """Places before a token that is learned: every token after the first, or of the assistant."""
+    last = len(row["input_ids"]) - 1
+    return [
+        place for place in range(last) if "label_mask" not in row or row["label_mask"][place + 1]
+    ]
 
 
 def summed_loss(logits: Tensor, row: dict, smoothing: float = 0.0) -> Tensor:
-    """Cross entropy of the label, or of every token after the first."""
+    """Cross entropy of the label, or of every token that is learned."""
     if "labels" in row:
         scores, targets = logits, torch.tensor([row["labels"]])
     else:
-        scores, targets = logits[0, :-1], torch.tensor(row["input_ids"][1:])
+        places = predicting(row)
+        scores = logits[0, places]
+        targets = torch.tensor([row["input_ids"][place + 1] for place in places])
     return nn.functional.cross_entropy(
         scores.float(), targets.to(scores.device), reduction="sum", label_smoothing=smoothing
     )

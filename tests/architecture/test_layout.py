@@ -33,6 +33,7 @@ FLOORS = {
     "pipeline.modality": 3,
     "pipeline.sources": 4,
     "pipeline.corpora": 4,
+    "pipeline.canaries": 4,
     "pipeline.data": 4,
     "pipeline.packing": 4,
     "pipeline.quantization": 4,

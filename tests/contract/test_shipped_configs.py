@@ -16,11 +16,14 @@ from pipeline.check import check, plan
 from pipeline.config.load import ROOT, load_config
 from pipeline.config.schema import RunConfig
 from pipeline.corpora import BUILTIN
+from pipeline.modality.tokenizer import _trained_tokenizer
 
 FOLDER = ROOT / "configs" / "language"
 # The architecture behind each configuration; None: it is made from scratch and needs no stand-in.
 ARCHITECTURES = {
+    "chat_lora": "qwen2",
     "code_lm": None,
+    "code_lora": "qwen2",
     "intents": "bert",
     "llama_lora": "llama",
     "modernbert": "modernbert",
@@ -39,6 +42,7 @@ SHAPE = {
     "eos_token_id": 2,
 }
 SPECIAL = {
+    "qwen2": {"num_key_value_heads": 1, "vocab_size": 400},
     "qwen3": {"num_key_value_heads": 1, "head_dim": 8},
     "llama": {"num_key_value_heads": 1},
     "modernbert": {"cls_token_id": 1, "sep_token_id": 2},
@@ -54,13 +58,22 @@ def stand_ins(tmp_path_factory) -> Path:
     core.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="[END]")
     for model_type, fields in SPECIAL.items():
-        made_of = AutoConfig.for_model(model_type, **SHAPE, **fields)
+        made_of = AutoConfig.for_model(model_type, **SHAPE | fields)
         AutoModel.from_config(made_of).save_pretrained(folder / model_type)
         tokenizer.save_pretrained(folder / model_type)
-    rows = Dataset.from_dict({"text": ["a question"] * 64, "intent": ["ask", "tell"] * 32})
-    splits = dict.fromkeys(("train", "validation", "test"), rows)
-    DatasetDict(splits).save_to_disk(folder / "intents_data")
+    chatting = _trained_tokenizer(["ask", "tell"], 300)  # Qwen2's own class wants merges of bytes
+    chatting.chat_template = (FOLDER / "chatml.jinja").read_text()
+    chatting.save_pretrained(folder / "qwen2")
+    save_rows(folder / "intents_data", text=["a question"] * 64, intent=["ask", "tell"] * 32)
+    turns = [{"role": "user", "content": "ask"}, {"role": "assistant", "content": "tell"}]
+    save_rows(folder / "chat_lora_data", messages=[turns] * 32)
+    save_rows(folder / "code_lora_data", prompt=["def f("] * 32, completion=["): return 1"] * 32)
     return folder
+
+
+def save_rows(folder: Path, **columns: list) -> None:
+    splits = dict.fromkeys(("train", "validation", "test"), Dataset.from_dict(columns))
+    DatasetDict(splits).save_to_disk(folder)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -76,8 +89,8 @@ def shipped(name: str, stand_ins: Path, tmp_path: Path) -> RunConfig:
     if ARCHITECTURES[name] is not None:
         folder = stand_ins / ARCHITECTURES[name]
         overrides += [f"model.model_name_or_path={folder}", "model.weights_sha256=null"]
-    if name == "intents":
-        overrides += [f"data.path={stand_ins / 'intents_data'}"]
+    if (stand_ins / f"{name}_data").is_dir():
+        overrides += [f"data.path={stand_ins / f'{name}_data'}"]
     return load_config(FOLDER / f"{name}.yaml", overrides)
 
 

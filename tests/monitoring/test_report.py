@@ -1,5 +1,6 @@
 """The report is one safe, self-contained page, whatever the run folder holds."""
 
+import base64
 import json
 import re
 from html.parser import HTMLParser
@@ -17,8 +18,8 @@ from pipeline.errors import RunFolderError
 from pipeline.records import RunFolder, append_jsonl, write_json, write_text
 
 SECTIONS = (
-    "verdict", "training", "quality", "calibration", "uncertainty", "ood", "samples", "plan",
-    "system", "reproduce",
+    "verdict", "training", "quality", "classes", "calibration", "uncertainty", "ood", "samples",
+    "plan", "system", "reproduce",
 )  # fmt: skip
 VOID = {"meta", "br", "hr", "img", "link", "input"}
 ATTACK = (
@@ -228,6 +229,19 @@ def test_the_same_folder_gives_the_same_small_page(run_folder):
     assert len(first) < 500_000
 
 
+def test_small_images_are_shown_inside_the_page_and_other_bytes_are_not(run_folder):
+    folder, png = run_folder(), b"\x89PNG\r\n\x1a\n a small image"
+
+    def with_thumbnail(row):
+        row["text"], row["thumbnail"] = "", png if row["sample_id"] % 2 else b"<svg onload=1>"
+
+    change_samples(folder, with_thumbnail)
+    sources = [a["src"] for tag, a in Page(render_report(folder)).elements if tag == "img"]
+    expected = f"data:image/png;base64,{base64.b64encode(png).decode()}"
+    assert set(sources) == {expected}
+    assert 0 < len(sources) < 20
+
+
 def test_long_histories_are_thinned_to_means():
     points = [(float(step), float(step % 2)) for step in range(100_000)]
     thinned = drawing._thinned(points)
@@ -239,7 +253,8 @@ def test_long_histories_are_thinned_to_means():
 def test_figures_are_saved_as_png_files(run_folder):
     paths = save_figures(run_folder())
 
-    assert set(paths) == {"curves", "reliability", "uncertainty", "ood-http-and-xml", "ood-prose"}
+    drawn = {"curves", "confusion", "reliability", "uncertainty", "ood-http-and-xml", "ood-prose"}
+    assert set(paths) == drawn
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths.values())
 
 

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from pipeline.arguments import check_learned
-from pipeline.config.schema import TrainConfig
+from pipeline.config.training import TrainConfig
 from pipeline.data import load_raw, prepare_data
 from pipeline.dropout.concrete import FILE, PARAMETER, learned_rates_of
 from pipeline.dropout.context import KeyedDropout

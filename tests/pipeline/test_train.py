@@ -17,7 +17,8 @@ import pipeline.train
 from pipeline import checkpoint
 from pipeline.arguments import batch_split, check_optimizer, training_arguments
 from pipeline.config.load import dump_config
-from pipeline.config.schema import RunConfig, TrainConfig
+from pipeline.config.schema import RunConfig
+from pipeline.config.training import TrainConfig
 from pipeline.data import load_raw, prepare_data
 from pipeline.dropout.philox import permutation
 from pipeline.errors import CheckpointError, ConfigError, NonFiniteLossError, RunFolderError

@@ -6,8 +6,9 @@ import pytest
 
 from pipeline.config.installed import OURS, installed_problems
 from pipeline.config.load import config_diff, config_hash, dump_config, load_config
-from pipeline.config.schema import RunConfig, TrainConfig
+from pipeline.config.schema import RunConfig
 from pipeline.config.strict_yaml import dump_yaml, parse_yaml
+from pipeline.config.training import TrainConfig
 from pipeline.errors import ConfigError
 
 MINIMAL = """\

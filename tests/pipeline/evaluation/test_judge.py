@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from sklearn.metrics import top_k_accuracy_score
 
 from pipeline.config.schema import EvaluationConfig
 from pipeline.evaluation.calibration import (
@@ -10,7 +11,7 @@ from pipeline.evaluation.calibration import (
     resampled_calibration_errors,
 )
 from pipeline.evaluation.intervals import make_generator
-from pipeline.evaluation.judge import ECE_CHANGE, judge_classes
+from pipeline.evaluation.judge import ECE_CHANGE, judge_classes, top_5
 from pipeline.evaluation.predict import ClassPrediction
 from pipeline.evaluation.uncertainty import MonteCarloSums
 from pipeline.evaluation.verdict import verdict
@@ -64,6 +65,14 @@ def test_without_a_wrong_prediction_there_is_no_error_auroc():
     assert set(report["uncertainty"]["error_auroc"].values()) == {None}
     sentences = verdict(report, 0.95)
     assert sentences[-1].startswith("Every test prediction is right, so nothing can be said")
+
+
+def test_top_5_accuracy_is_that_of_scikit_learn_and_left_out_where_it_says_nothing():
+    random = np.random.default_rng(2)
+    labels, p = random.integers(8, size=50), random.dirichlet(np.ones(8), size=50)
+    expected = top_k_accuracy_score(labels, p, k=5, labels=np.arange(8))
+    assert top_5(p, labels) == {"top_5_accuracy": pytest.approx(expected)}
+    assert top_5(p[:, :5], labels) == {}
 
 
 def test_the_verdict_is_plain_words():

@@ -1,5 +1,6 @@
 """Columns of scored rows that no oracle library has, each against plain arithmetic."""
 
+import io
 import json
 from types import SimpleNamespace
 
@@ -8,7 +9,9 @@ import pyarrow as pa
 import pytest
 import torch
 from datasets import Dataset
+from PIL import Image
 
+from pipeline.corpora.digits import png
 from pipeline.errors import DataError
 from pipeline.evaluation.batches import batch_keys, batches_again, by_length
 from pipeline.evaluation.predict import ClassPrediction
@@ -104,3 +107,23 @@ def test_keys_survive_json_and_float64():
     assert len(set(keys)) == 1000
     assert [int(float(key)) for key in keys] == keys == json.loads(json.dumps(keys))
     assert pa.array(keys).type == pa.int64()
+
+
+def test_the_most_uncertain_images_are_kept_small_and_no_other():
+    random = np.random.default_rng(1)
+    pixels = [random.integers(0, 255, (300, 200, 3), dtype=np.uint8) for _ in range(25)]
+    entropies = random.random(25)
+    scored = pa.table(
+        {
+            "sample_id": pa.array(range(25), pa.int64()),
+            "text": [""] * 25,
+            "predictive_entropy": entropies,
+            "image": [{"bytes": png(image), "path": None} for image in pixels],
+        }
+    )
+    found = samples_of("test", scored)
+    kept = [place for place, small in enumerate(found["thumbnail"].to_pylist()) if small]
+    assert kept == sorted(np.argsort(-entropies)[:20].tolist())
+    small = Image.open(io.BytesIO(found["thumbnail"][kept[0]].as_py()))
+    assert max(small.size) == 64
+    assert "image" not in found.column_names

@@ -77,7 +77,7 @@ def test_twice_the_speed_is_half_as_long_and_twice_as_high():
 
 
 def test_a_clip_sounds_the_same_in_any_batch_and_is_not_written_to():
-    settings = AudioAugmentation(noise_snr_db=(5, 20), speed=0.1, gain_db=6)
+    settings = AudioAugmentation(noise_snr_db=[5, 20], speed=0.1, gain_db=6)
     clips = [TONE[: 4000 + 100 * i].copy() for i in range(4)]
     before = [clip.copy() for clip in clips]
     whole = augment_clips(clips, settings, 3, 2, [10, 11, 12, 13])
