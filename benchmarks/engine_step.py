@@ -80,6 +80,9 @@ def both_sides(engine: str, folder: Path) -> Iterator[dict[str, list[Connection]
             ]
         try:
             yield accept_all(listener, started, folder / "log")
+        except (EOFError, ConnectionError) as error:
+            said = (folder / "log").read_text()[-2000:]
+            raise SystemExit(f"a side ended in the middle:\n{said}") from error
         finally:
             for process in started:
                 process.terminate()
@@ -208,7 +211,7 @@ def train_stock(config: Any, folder: Path, callback: Any) -> None:
     run = RunFolder(folder / config.name)
     parts = prepare(config, run, guarded_arguments(config), lambda sentence: None)
     bert = type(parts.model.config)(
-        **MODEL, num_labels=CLASSES, vocab_size=len(parts.tokenizer), pad_token_id=0
+        **MODEL, num_labels=CLASSES, vocab_size=len(parts.processor), pad_token_id=0
     )
     arguments = TrainingArguments(
         str(folder / "stock"),
@@ -227,7 +230,7 @@ def train_stock(config: Any, folder: Path, callback: Any) -> None:
         AutoModelForSequenceClassification.from_config(bert, attn_implementation="sdpa"),
         arguments,
         train_dataset=rows,
-        data_collator=DataCollatorWithPadding(parts.tokenizer, pad_to_multiple_of=8),
+        data_collator=DataCollatorWithPadding(parts.processor, pad_to_multiple_of=8),
         callbacks=[callback],
     ).train()
 
