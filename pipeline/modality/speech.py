@@ -5,7 +5,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from pipeline.config.schema import DataSource, RunConfig
@@ -18,8 +17,15 @@ from pipeline.modality.audio_processor import (
     load_feature_extractor,
     model_inputs,
 )
-from pipeline.modality.bundle import LabelNames, Modality, chosen, register
-from pipeline.modality.labels import label_names_of, label_numbers, label_problems
+from pipeline.modality.bundle import LabelNames, Modality, register
+from pipeline.modality.files import (
+    encoded_rows,
+    file_problems,
+    files_as_arrow,
+    scalars_of,
+    with_labels,
+)
+from pipeline.modality.labels import label_names_of
 from pipeline.modality.sounds import Waveform, decode_audio, duration
 
 if TYPE_CHECKING:
@@ -27,7 +33,6 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 AUDIO = "audio"
-SCALARS = ("labels", "sample_id", "domain", "mask_step")
 
 
 def prepare_clips(
@@ -42,18 +47,11 @@ def prepare_clips(
     """One sample a row, still encoded: `audio`, `text`, `sample_id` and `labels`."""
     from datasets import Audio
 
-    keep = chosen(len(rows), max_samples)
-    numbers = list(range(len(rows))) if keep is None else keep
-    kept, column = rows if keep is None else rows.select(keep), source.audio_column_name
     # Not decoded by datasets, which would want torchcodec and FFmpeg.
-    clips = kept.select_columns([column]).cast_column(column, Audio(decode=False))
-    if column != AUDIO:
-        clips = clips.rename_column(column, AUDIO)
-    found: Dataset = clips.add_column("sample_id", numbers)
-    found = found.add_column("text", _said(kept, clips, source))
-    if label_names is None:
-        return found
-    return found.add_column("labels", label_numbers(kept, source.label_column_name, label_names))
+    column, feature = source.audio_column_name, Audio(decode=False)
+    kept, found = encoded_rows(rows, column, AUDIO, feature, max_samples)
+    found = found.add_column("text", _said(kept, found, source))
+    return with_labels(found, kept, source, label_names)
 
 
 def collator(
@@ -71,26 +69,15 @@ def _collate(rows: list[dict[str, Any]], *, processor: Any, config: RunConfig) -
     if "mask_step" in rows[0]:
         ids, step = [row["sample_id"] for row in rows], rows[0]["mask_step"]
         clips = augment_clips(clips, config.data.augmentation.audio, config.seed, step, ids)
-    present = [name for name in SCALARS if name in rows[0]]
-    scalars = {name: torch.tensor([row[name] for row in rows]) for name in present}
-    return model_inputs(processor, clips) | scalars
+    return model_inputs(processor, clips) | scalars_of(rows)
 
 
 def clip_problems(rows: "Dataset", source: DataSource, label_names: LabelNames) -> Iterator[str]:
     """A column that holds no audio; everything wrong with the labels."""
-    from datasets import Audio, Value
+    from datasets import Audio
 
     column = source.audio_column_name
-    feature = rows.features[column]
-    is_file = (
-        isinstance(feature, Audio)
-        or (isinstance(feature, Value) and feature.dtype in ("binary", "large_binary", "string"))
-        or (isinstance(feature, dict) and "bytes" in feature)
-    )
-    if not is_file:
-        yield f"column {column!r} holds {feature}, not audio; name another column"
-    if label_names is not None:
-        yield from label_problems(rows, source.label_column_name, label_names)
+    yield from file_problems(rows, column, Audio, "audio", source, label_names)
 
 
 def judge_clip(row: Mapping[str, Any], config: RunConfig) -> Waveform:
@@ -112,7 +99,7 @@ def described_clips(rows: "Dataset", processor: Any) -> "dict[str, pa.Array]":
     clips = [decode_audio(file, processor.sampling_rate) for file in files]
     return {
         "text": pa.array(rows["text"][:], pa.string()),
-        "audio": pa.array(files, pa.struct({"bytes": pa.binary(), "path": pa.string()})),
+        "audio": files_as_arrow(files),
         "seconds": pa.array([len(clip) / processor.sampling_rate for clip in clips], pa.float64()),
         "rms_db": pa.array([_rms_db(clip) for clip in clips], pa.float64()),
     }

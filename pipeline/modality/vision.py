@@ -10,12 +10,19 @@ from torch import Tensor
 
 from pipeline.config.schema import DataSource, RunConfig
 from pipeline.modality import losses
-from pipeline.modality.bundle import LabelNames, Modality, chosen, register
+from pipeline.modality.bundle import LabelNames, Modality, register
+from pipeline.modality.files import (
+    encoded_rows,
+    file_problems,
+    files_as_arrow,
+    scalars_of,
+    with_labels,
+)
 from pipeline.modality.image_augmentation import augment_images
 from pipeline.modality.image_mixing import mixed
 from pipeline.modality.image_processor import fit_image_size, load_image_processor, mode_of, size_of
 from pipeline.modality.images import decode_image
-from pipeline.modality.labels import label_names_of, label_numbers, label_problems
+from pipeline.modality.labels import label_names_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -23,7 +30,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 IMAGE = "image"
-SCALARS = ("sample_id", "domain", "mask_step")
 
 
 def prepare_images(
@@ -36,18 +42,11 @@ def prepare_images(
     max_samples: int | None = None,
 ) -> "Dataset":
     """One sample a row, still encoded: `image`, `sample_id` and `labels`."""
-    from datasets import Dataset
+    from datasets import Image
 
-    keep = chosen(len(rows), max_samples)
-    numbers = list(range(len(rows))) if keep is None else keep
-    kept = rows if keep is None else rows.select(keep)
-    images = _encoded(kept.select_columns([source.image_column_name]), source.image_column_name)
-    if source.image_column_name != IMAGE:
-        images = images.rename_column(source.image_column_name, IMAGE)
-    found: Dataset = images.add_column("sample_id", numbers)
-    if label_names is None:
-        return found
-    return found.add_column("labels", label_numbers(kept, source.label_column_name, label_names))
+    column, feature = source.image_column_name, Image(decode=False)
+    kept, found = encoded_rows(rows, column, IMAGE, feature, max_samples)
+    return with_labels(found, kept, source, label_names)
 
 
 def collator(
@@ -62,17 +61,13 @@ def collator(
 
 
 def _collate(rows: list[dict[str, Any]], *, processor: Any, config: RunConfig) -> dict[str, Tensor]:
-    batch = {"pixel_values": _pixels(rows, processor, config)}
-    if "labels" in rows[0]:
-        batch["labels"] = torch.tensor([row["labels"] for row in rows])
+    batch = {"pixel_values": _pixels(rows, processor, config), **scalars_of(rows)}
     if "partner" in rows[0]:
         partners = [row["partner"] | {"mask_step": row["mask_step"]} for row in rows]
         other = _collate(partners, processor=processor, config=config)
-        batch = mixed(
-            batch, other, config, [row["sample_id"] for row in rows], rows[0]["mask_step"]
-        )
-    present = [name for name in SCALARS if name in rows[0]]
-    return batch | {name: torch.tensor([row[name] for row in rows]) for name in present}
+        ids, step = [row["sample_id"] for row in rows], rows[0]["mask_step"]
+        batch |= mixed(batch, other, config, ids, step)
+    return batch
 
 
 def _pixels(rows: list[dict[str, Any]], processor: Any, config: RunConfig) -> Tensor:
@@ -93,26 +88,10 @@ def _pixels(rows: list[dict[str, Any]], processor: Any, config: RunConfig) -> Te
 
 def image_problems(rows: "Dataset", source: DataSource, label_names: LabelNames) -> Iterator[str]:
     """A column that holds no images; everything wrong with the labels."""
-    from datasets import Image, Value
-
-    column = source.image_column_name
-    feature = rows.features[column]
-    is_file = (
-        isinstance(feature, Image)
-        or (isinstance(feature, Value) and feature.dtype in ("binary", "large_binary", "string"))
-        or (isinstance(feature, dict) and "bytes" in feature)
-    )
-    if not is_file:
-        yield f"column {column!r} holds {feature}, not images; name another column"
-    if label_names is not None:
-        yield from label_problems(rows, source.label_column_name, label_names)
-
-
-def _encoded(rows: "Dataset", column: str) -> "Dataset":
-    """Files, not pixels: bytes or paths, decoded when a batch is made."""
     from datasets import Image
 
-    return rows.cast_column(column, Image(decode=False))
+    column = source.image_column_name
+    yield from file_problems(rows, column, Image, "images", source, label_names)
 
 
 def described_images(rows: "Dataset", processor: Any) -> "dict[str, pa.Array]":
@@ -122,7 +101,7 @@ def described_images(rows: "Dataset", processor: Any) -> "dict[str, pa.Array]":
     images = [decode_image(file) for file in rows[IMAGE][:]]
     return {
         "text": pa.array([str(file.get("path") or "") for file in rows[IMAGE][:]], pa.string()),
-        "image": pa.array(rows[IMAGE][:], pa.struct({"bytes": pa.binary(), "path": pa.string()})),
+        "image": files_as_arrow(rows[IMAGE][:]),
         "width": pa.array([image.width for image in images], pa.int64()),
         "height": pa.array([image.height for image in images], pa.int64()),
         "brightness": pa.array([np.asarray(image).mean() / 255 for image in images], pa.float64()),
