@@ -17,7 +17,7 @@ from pipeline.canaries import canaries, without_canaries
 from pipeline.config.schema import MemorisationConfig, RunConfig
 from pipeline.errors import DataError
 from pipeline.evaluation.forward import logits_of
-from pipeline.modality.bundle import chosen
+from pipeline.modality.bundle import kept_numbers
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -107,8 +107,7 @@ def _pairs(rows: "Dataset", settings: MemorisationConfig, split: str) -> list[Pa
             f"evaluation.memorisation asks for prompts of {size} tokens with {settings.k} behind "
             f"them, but no {split} row has {needed}; ask for fewer."
         )
-    keep = chosen(len(long), settings.num_prompts)
-    places = long if keep is None else [long[number] for number in keep]
+    places = [long[number] for number in kept_numbers(len(long), settings.num_prompts)]
     stop = size + settings.continuation_tokens
     return [(tokens[place][:size], tokens[place][size:stop]) for place in places]
 

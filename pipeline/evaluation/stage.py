@@ -40,7 +40,7 @@ from pipeline.evaluation.samples import (
 )
 from pipeline.evaluation.verdict import verdict
 from pipeline.exhibits import Exhibit, Table
-from pipeline.modality.bundle import chosen
+from pipeline.modality.bundle import kept_rows
 from pipeline.records import RunFolder, read_jsonl, write_json
 from pipeline.tracking import open_tracker
 from pipeline.trained import model_version, require_same_labels, trained_processor
@@ -130,9 +130,7 @@ def _open(run: RunFolder, config: RunConfig, plan: DropoutPlan) -> _Opened:
 def _rows_to_fit(data: PreparedData, config: RunConfig) -> Any:
     """The training rows behind the feature detectors, chosen by key."""
     limit, wanted = config.evaluation.max_fit_samples, config.evaluation.knn_neighbours
-    rows = without_canaries(data.train)
-    keep = chosen(len(rows), limit)
-    rows = rows if keep is None else rows.select(keep)
+    rows, _ = kept_rows(without_canaries(data.train), limit)
     if len(rows) < wanted:
         raise DataError(
             f"evaluation.knn_neighbours asks for neighbour {wanted}, but there are {len(rows)} "

@@ -125,3 +125,15 @@ def chosen(num_samples: int, max_samples: int | None) -> list[int] | None:
         return None
     keep = permutation(CHOICE_SEED, CHOICE_EPOCH, num_samples)[:max_samples]
     return sorted(int(number) for number in keep)
+
+
+def kept_numbers(num_samples: int, max_samples: int | None) -> list[int]:
+    """Numbers of the samples that are kept, all of them where there is no limit."""
+    keep = chosen(num_samples, max_samples)
+    return list(range(num_samples)) if keep is None else keep
+
+
+def kept_rows(rows: "Dataset", max_samples: int | None) -> "tuple[Dataset, list[int]]":
+    """Rows of which each is a sample, as many as a limit keeps, and their numbers."""
+    numbers = kept_numbers(len(rows), max_samples)
+    return (rows if len(numbers) == len(rows) else rows.select(numbers)), numbers

@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config.schema import DataSource, RunConfig
-from pipeline.modality.bundle import CONVERSATIONS, LabelNames, chosen, register
+from pipeline.modality.bundle import CONVERSATIONS, LabelNames, kept_rows, register
 from pipeline.modality.chat_template import (
     Conversation,
     from_json,
@@ -78,9 +78,7 @@ def prepare_conversations(
     """
     if not _is_plain(rows, source):
         require_template(processor)
-    keep = chosen(len(rows), max_samples)
-    numbers = list(range(len(rows))) if keep is None else keep
-    kept = rows if keep is None else rows.select(keep)
+    kept, numbers = kept_rows(rows, max_samples)
 
     def encode(batch: dict[str, list[Any]], places: list[int]) -> dict[str, Any]:
         columns: dict[str, list[Any]] = {"input_ids": [], "label_mask": [], FAULT: []}

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pipeline.config.schema import DataSource
-from pipeline.modality.bundle import LabelNames, chosen
+from pipeline.modality.bundle import LabelNames, kept_rows
 from pipeline.modality.labels import label_numbers, label_problems
 
 if TYPE_CHECKING:
@@ -21,9 +21,7 @@ def encoded_rows(
     rows: "Dataset", column: str, name: str, feature: Any, max_samples: int | None
 ) -> "tuple[Dataset, Dataset]":
     """The rows that a limit keeps, and of each its file, called `name`, and its `sample_id`."""
-    keep = chosen(len(rows), max_samples)
-    numbers = list(range(len(rows))) if keep is None else keep
-    kept = rows if keep is None else rows.select(keep)
+    kept, numbers = kept_rows(rows, max_samples)
     files = kept.select_columns([column]).cast_column(column, feature)
     if column != name:
         files = files.rename_column(column, name)

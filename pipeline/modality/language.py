@@ -12,7 +12,7 @@ from torch import Tensor
 from pipeline.config.schema import DataSource, RunConfig
 from pipeline.errors import ModelError
 from pipeline.modality import losses
-from pipeline.modality.bundle import LabelNames, Modality, chosen, register
+from pipeline.modality.bundle import LabelNames, Modality, kept_numbers, kept_rows, register
 from pipeline.modality.labels import label_names_of, label_numbers, label_problems, row_list
 from pipeline.modality.tokenizer import fit_to_tokenizer, load_tokenizer, token_example
 
@@ -37,9 +37,7 @@ def prepare_classification(
     max_samples: int | None = None,
 ) -> "Dataset":
     """One sample a row, cut to max_length; `sample_id` is the row number."""
-    keep = chosen(len(rows), max_samples)
-    numbers = list(range(len(rows))) if keep is None else keep
-    kept = rows if keep is None else rows.select(keep)
+    kept, numbers = kept_rows(rows, max_samples)
     labels = label_names and label_numbers(kept, source.label_column_name, label_names)
 
     def encode(batch: dict[str, list[Any]], places: list[int]) -> dict[str, Any]:
@@ -79,8 +77,7 @@ def prepare_blocks(
         stream.extend(document)
     size = config.data.max_length
     starts = range(0, len(stream) - 1, size)  # a last block of one token would predict nothing
-    keep = chosen(len(starts), max_samples)
-    numbers = list(range(len(starts))) if keep is None else keep
+    numbers = kept_numbers(len(starts), max_samples)
     blocks = [stream[starts[number] : starts[number] + size].tolist() for number in numbers]
     texts = processor.batch_decode(blocks)
     return Dataset.from_dict({"text": texts, "sample_id": numbers, "input_ids": blocks})
@@ -97,8 +94,7 @@ def _prepare_documents(
         for document in _documents(rows, source.text_column_name, tokenizer)
         for start in range(0, len(document) - 1, size)  # one token alone would predict nothing
     ]
-    keep = chosen(len(pieces), limit)
-    numbers = list(range(len(pieces))) if keep is None else keep
+    numbers = kept_numbers(len(pieces), limit)
     kept = [pieces[number] for number in numbers]
     texts = tokenizer.batch_decode(kept)
     return Dataset.from_dict({"text": texts, "sample_id": numbers, "input_ids": kept})
