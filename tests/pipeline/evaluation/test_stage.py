@@ -222,6 +222,7 @@ for words in (["evaluate", run], ["score", run, "--input", rows]):
     sys.argv[1:] = words
     with contextlib.suppress(SystemExit):
         main()
+torch.distributed.destroy_process_group()  # gloo may abort an interpreter that ends with it open
 """
 TWICE = """
 import contextlib, os, torch
