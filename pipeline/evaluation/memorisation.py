@@ -17,6 +17,7 @@ from pipeline.canaries import canaries, without_canaries
 from pipeline.config.schema import MemorisationConfig, RunConfig
 from pipeline.errors import DataError
 from pipeline.evaluation.forward import logits_of
+from pipeline.evaluation.generation import Decoding, Generator, Rows
 from pipeline.modality.bundle import kept_numbers
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ def memorisation_section(
     """
     settings = config.evaluation.memorisation
     assert settings is not None
+    generator = Generator(model, None, tokenizer, config.seed)
     level, size = config.evaluation.confidence_level, config.evaluation.batch_size
     pairs = {
         "train": _pairs(without_canaries(train), settings, "training"),
@@ -51,39 +53,42 @@ def memorisation_section(
     }
     section: dict[str, Any] = {"settings": settings.model_dump()}
     section |= {
-        name: _share(num_repeated(model, found, settings, size), len(found), level)
+        name: _share(num_repeated(generator, found, settings, size), len(found), level)
         for name, found in pairs.items()
     }
     section["p_value"] = _p_value(section["train"], section["control"])
     if config.data.canaries is not None:
-        section["canaries"] = _canaries(model, config, settings, tokenizer)
+        section["canaries"] = _canaries(generator, config, settings)
     return section
 
 
 def num_repeated(
-    model: nn.Module, pairs: Sequence[Pair], settings: MemorisationConfig, batch_size: int
+    generator: Generator, pairs: Sequence[Pair], settings: MemorisationConfig, batch_size: int
 ) -> int:
     """Prompts whose greedy continuation has a run of k tokens of what really followed."""
     count = 0
     for start in range(0, len(pairs), batch_size):
         some = pairs[start : start + batch_size]
         prompts = torch.tensor([prompt for prompt, _ in some])
-        said = greedy(model, prompts, settings.continuation_tokens).tolist()
+        said = greedy(generator, prompts, settings.continuation_tokens)
         runs = [longest_run(one, rest) for one, (_, rest) in zip(said, some, strict=True)]
         count += sum(run >= settings.k for run in runs)
     return count
 
 
-@torch.inference_mode()
-def greedy(model: nn.Module, prompts: Tensor, num_tokens: int) -> Tensor:
-    """The likeliest next token, again and again: [B, num_tokens] for prompts [B, P], no padding."""
-    device = next(model.parameters()).device
-    tokens = prompts.to(device)
-    for _ in range(num_tokens):
-        given = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
-        following = logits_of(model, given)[:, -1].argmax(-1, keepdim=True)
-        tokens = torch.cat([tokens, following], dim=1)
-    return tokens[:, prompts.shape[1] :].cpu()
+def greedy(generator: Generator, prompts: Tensor, num_tokens: int) -> list[list[int]]:
+    """The likeliest next token, again and again, behind end tokens too: B lists of num_tokens.
+
+    Args:
+        generator: of a model whose dropout is off.
+        prompts: int64 [B, P], without padding.
+        num_tokens: to go on by.
+    """
+    tokens = prompts.to(next(generator.model.parameters()).device)
+    given = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    rows = Rows(torch.arange(len(tokens), device=tokens.device))
+    said = generator.generate(given, rows, Decoding(num_tokens, ends=False))
+    return [list(one.tokens) for one in said]
 
 
 def longest_run(first: list[int], second: list[int]) -> int:
@@ -136,8 +141,9 @@ def _p_value(train: dict[str, Any], control: dict[str, Any]) -> float:
 
 
 def _canaries(
-    model: nn.Module, config: RunConfig, settings: MemorisationConfig, tokenizer: Any
+    generator: Generator, config: RunConfig, settings: MemorisationConfig
 ) -> dict[str, Any]:
+    model, tokenizer = generator.model, generator.tokenizer
     known = config.data.canaries
     assert known is not None
     others = known.model_copy(update={"num_canaries": NUM_REFERENCES})
@@ -152,7 +158,7 @@ def _canaries(
     return {
         "repeats": known.repeats,
         **_share(
-            num_repeated(model, pairs, asked, size),
+            num_repeated(generator, pairs, asked, size),
             len(pairs),
             config.evaluation.confidence_level,
         ),

@@ -2,18 +2,20 @@
 
 import json
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
 from datasets import Dataset
 from torch import nn
+from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
 
 from monitoring.report import render_report
 from pipeline.canaries import FIRST_ID, canaries, planted, without_canaries
 from pipeline.config.schema import CanaryConfig, MemorisationConfig, RunConfig
 from pipeline.data import load_raw, prepare_data
 from pipeline.errors import DataError
+from pipeline.evaluation.generation import Generator
 from pipeline.evaluation.memorisation import (
     exposure,
     greedy,
@@ -30,24 +32,29 @@ PROBE = MemorisationConfig(num_prompts=9, prompt_tokens=3, continuation_tokens=6
 VOCABULARY = 50
 
 
-class Parrot(nn.Module):
+class Parrot(PreTrainedModel, GenerationMixin):
     """Goes on as the rows that it knows, while they last and are kept to; else says 0."""
 
+    config_class = PreTrainedConfig
+
     def __init__(self, known):
-        super().__init__()
+        super().__init__(PreTrainedConfig(vocab_size=VOCABULARY, num_hidden_layers=1))
         self.known, self.weight = known, nn.Parameter(torch.zeros(1))
+
+    def prepare_inputs_for_generation(self, input_ids, **kwargs):
+        return {"input_ids": input_ids}  # all of them: a parrot keeps no cache
 
     def following(self, tokens):
         whole = (row for row in self.known if row[: len(tokens)] == tokens)
         row = next(whole, [])
         return row[len(tokens)] if len(row) > len(tokens) else 0
 
-    def forward(self, input_ids, attention_mask):
+    def forward(self, input_ids, attention_mask=None, **others):
         logits = torch.zeros(*input_ids.shape, VOCABULARY)
         for one, row in enumerate(input_ids.tolist()):
             for place in range(len(row)):
                 logits[one, place, self.following(row[: place + 1])] = 5.0
-        return SimpleNamespace(logits=logits)
+        return CausalLMOutput(logits=logits)
 
 
 def tokens_of(number, length=9):
@@ -77,7 +84,14 @@ def fake_tokenizer():
         def __len__(self):
             return VOCABULARY
 
+        def decode(self, tokens, skip_special_tokens):
+            return str(tokens)
+
     return Words()
+
+
+def asking(model):
+    return Generator(model, None, fake_tokenizer(), 1)
 
 
 def plain_run(first, second):
@@ -102,27 +116,27 @@ def test_the_longest_run_is_that_of_a_search_through_all_places():
 
 
 def test_greedy_continuations_are_those_of_one_row_at_a_time():
-    model = Parrot([tokens_of(1), tokens_of(2)])
+    generator = asking(Parrot([tokens_of(1), tokens_of(2)]))
     prompts = torch.tensor([tokens_of(number)[:3] for number in (1, 2, 3)])
-    said = greedy(model, prompts, 6)
-    assert said.tolist() == [tokens_of(1)[3:], tokens_of(2)[3:], [0] * 6]
-    assert all(
-        torch.equal(greedy(model, p[None], 6)[0], s) for p, s in zip(prompts, said, strict=True)
-    )
+    said = greedy(generator, prompts, 6)
+    assert said == [tokens_of(1)[3:], tokens_of(2)[3:], [0] * 6]
+    assert all(greedy(generator, p[None], 6)[0] == s for p, s in zip(prompts, said, strict=True))
 
 
 def test_what_is_remembered_is_counted_and_a_shorter_run_is_not():
     whole, part = tokens_of(1), [*tokens_of(2)[:6], 49, 49, 49]
-    model = Parrot([whole, part])  # of the second row, three tokens of the continuation
+    generator = asking(Parrot([whole, part]))  # of the second row, three tokens of the continuation
     pairs = [(tokens_of(n)[:3], tokens_of(n)[3:]) for n in (1, 2, 3)]
-    assert num_repeated(model, pairs, PROBE, batch_size=2) == 1
-    assert num_repeated(model, pairs, PROBE.model_copy(update={"k": 3}), 2) == 2
+    assert num_repeated(generator, pairs, PROBE, batch_size=2) == 1
+    assert num_repeated(generator, pairs, PROBE.model_copy(update={"k": 3}), 2) == 2
 
 
 def test_training_rows_are_held_against_rows_that_were_not_trained_on():
     known, config = range(12), config_of()
     model = Parrot([tokens_of(number) for number in known])
-    found = memorisation_section(model, rows_of(known), rows_of(range(20, 30)), config, None)
+    found = memorisation_section(
+        model, rows_of(known), rows_of(range(20, 30)), config, fake_tokenizer()
+    )
     assert (found["train"]["num_repeated"], found["train"]["num_prompts"]) == (9, 9)
     assert (found["control"]["num_repeated"], found["control"]["share"]) == (0, 0.0)
     assert found["p_value"] == pytest.approx(1 / math.comb(18, 9))  # Fisher, by hand
@@ -169,7 +183,7 @@ def test_rows_too_short_to_ask_for_are_said():
     config = config_of()
     short = Dataset.from_dict({"input_ids": [[1, 2, 3, 4]], "sample_id": [0]})
     with pytest.raises(DataError, match=r"prompts of 3 tokens with 4 behind them, but no training"):
-        memorisation_section(Parrot([]), short, rows_of([1]), config, None)
+        memorisation_section(Parrot([]), short, rows_of([1]), config, fake_tokenizer())
 
 
 def test_what_cannot_be_probed_is_refused():
