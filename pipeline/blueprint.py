@@ -200,7 +200,6 @@ def _trace_device(hf_config: PreTrainedConfig, skeleton: nn.Module, example: Any
 def _insertable(model: nn.Module) -> dict[str, list[str]]:
     by_module = site_names(model)
     names = by_module.values()
-    sees_images = getattr(model, "main_input_name", "") == "pixel_values"
     return {
         "embedding": [n for n in names if n.rsplit(".", 1)[-1] == "embed_tokens"],
         "hidden": [
@@ -211,5 +210,13 @@ def _insertable(model: nn.Module) -> dict[str, list[str]]:
             for module, n in by_module.items()
             if type(module).__name__.endswith("PatchEmbeddings")
         ],
-        "head": [n for n in names if re.fullmatch(r"\w+\.layernorm", n) and sees_images],
+        "head": _behind_image_layers(model, list(names)),
     }
+
+
+def _behind_image_layers(model: nn.Module, names: list[str]) -> list[str]:
+    """The layernorm behind the layers of an image model; of one without, such as BiT, its pooler."""
+    if getattr(model, "main_input_name", "") != "pixel_values":
+        return []
+    norms = [name for name in names if re.fullmatch(r"\w+\.layernorm", name)]
+    return norms or [name for name in names if re.fullmatch(r"\w+\.pooler", name)]

@@ -123,7 +123,7 @@ _PLACES = {
     "embedding": "embed_tokens",
     "hidden": "self_attn, mlp",
     "patch": "patch_embeddings of images",
-    "head": "the layernorm behind the layers of an image model",
+    "head": "the layernorm or pooler behind the layers of an image model",
 }
 
 

@@ -94,6 +94,10 @@ CONVNEXT_SITES = [
     ("convnext.encoder.stages.1.layers.0.drop_path", 0, "path", 0.3),
     ("convnext.layernorm", 0, "element", 0.3),
 ]
+BIT_SITES = [
+    ("bit.encoder.stages.1.layers.0.drop_path", 0, "path", 0.3),
+    ("bit.pooler", 0, "element", 0.3),
+]
 INSERTED = {"patch": 0.25, "head": 0.3}
 OF_VIT = {"embedding": 0.05, "hidden": 0.1, "attention": 0.2, "insert": INSERTED}
 FAMILIES = {
@@ -118,6 +122,13 @@ FAMILIES = {
          "layer_scale_init_value": 1.0},
         {"path": 0.3, "insert": {"head": 0.3}},
         CONVNEXT_SITES,
+    ),
+    "bit": Family(
+        "bit",
+        {"num_channels": 1, "embedding_size": 8, "hidden_sizes": [16, 32], "depths": [1, 1],
+         "num_groups": 4},
+        {"path": 0.3, "insert": {"head": 0.3}},
+        BIT_SITES,
     ),
 }  # fmt: skip
 
