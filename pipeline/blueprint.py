@@ -215,7 +215,7 @@ def _insertable(model: nn.Module) -> dict[str, list[str]]:
 
 
 def _behind_image_layers(model: nn.Module, names: list[str]) -> list[str]:
-    """The layernorm behind the layers of an image model; of one without, such as BiT, its pooler."""
+    """The layernorm behind the layers of an image model; of one without (BiT), its pooler."""
     if getattr(model, "main_input_name", "") != "pixel_values":
         return []
     norms = [name for name in names if re.fullmatch(r"\w+\.layernorm", name)]
