@@ -5,7 +5,7 @@ The places where the structure of a (peft-wrapped) transformers model is touched
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from inspect import signature
 from typing import Any, cast
 
@@ -142,3 +142,20 @@ def _last_layers(model: nn.Module, has_classes: bool) -> list[nn.Module]:
         and module.out_features == bare.config.num_labels
         and "lora_" not in name
     ]
+
+
+# -- a plain pass --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PlainPass:
+    """What one pass without masks gave of a batch."""
+
+    logits: Tensor
+    features: Tensor
+    body_output: Any  # None unless Monte-Carlo passes can start from it
+
+
+def on_cpu(result: Any) -> Any:
+    """What is kept of a batch leaves the accelerator, which holds one batch at a time."""
+    return replace(result, **{f.name: getattr(result, f.name).cpu() for f in fields(result)})

@@ -22,7 +22,8 @@ from pipeline.evaluation.intervals import mean_interval, percentile_interval
 from pipeline.evaluation.metrics import compute_metric
 from pipeline.evaluation.ood.comparison import compare_scores
 from pipeline.evaluation.ood.registry import FeatureDetector, score_rows
-from pipeline.evaluation.predict import ClassPrediction, TokenPrediction
+from pipeline.evaluation.predict_classes import ClassPrediction
+from pipeline.evaluation.predict_tokens import TokenPrediction
 from pipeline.evaluation.ranking import error_auroc
 from pipeline.evaluation.token_uncertainty import SampleUncertainty, TokenUncertainty
 from pipeline.evaluation.uncertainty import Uncertainty

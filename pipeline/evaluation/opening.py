@@ -14,7 +14,7 @@ from pipeline.evaluation.mc_dropout import MonteCarlo
 from pipeline.evaluation.predict import Predictor
 from pipeline.modality.bundle import modality_of
 from pipeline.records import RunFolder
-from pipeline.trained import trained_label_names, trained_model
+from pipeline.trained import trained_model
 
 # What a run's saved weights and plan have settled; only how they are run may still be changed.
 _SETTLED = ("model.", "peft", "dropout.")
@@ -68,6 +68,6 @@ def open_predictor(
         modality_of(config).collator(processor, config),
         MonteCarlo(keyed, passes, strict=config.dropout.strict),
         batch_size=config.evaluation.batch_size,
-        has_classes=trained_label_names(run) is not None,
+        predicts=modality_of(config).predicts,
         lengths=modality_of(config).lengths,
     )

@@ -14,39 +14,24 @@ from torch import Tensor, nn
 
 from pipeline import parallel
 from pipeline.evaluation.batches import Batches, by_length
-from pipeline.evaluation.forward import FeatureTap, kept_outputs, logits_of
+from pipeline.evaluation.forward import FeatureTap, PlainPass, kept_outputs, logits_of
 from pipeline.evaluation.mc_dropout import MonteCarlo
-from pipeline.evaluation.token_uncertainty import SampleUncertainty, TokenSums, TokenUncertainty
-from pipeline.evaluation.uncertainty import MonteCarloSums, Uncertainty, concatenate
+from pipeline.evaluation.predict_classes import class_labels, no_labels, predict_classes
+from pipeline.evaluation.predict_tokens import predict_next_tokens
+from pipeline.evaluation.token_uncertainty import TokenUncertainty
+from pipeline.evaluation.uncertainty import concatenate
+from pipeline.modality.bundle import Predicts
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
+# One for each of `Modality.predicts`: from a batch and its logits to a prediction, whose class the
+# judge and the scored rows go by.
+_KINDS: dict[Predicts, Callable[..., Any]] = {
+    "classes": predict_classes,
+    "next_tokens": predict_next_tokens,
+}
 Collate = Callable[[list[dict[str, Any]]], dict[str, Tensor]]
-
-
-@dataclass(frozen=True)
-class ClassPrediction:
-    """What a classifier says about N rows, in one plain pass and in T Monte-Carlo passes."""
-
-    sample_ids: Tensor  # [N] int64
-    features: Tensor  # [N, D] float32: what the last layer reads
-    logits: Tensor  # [N, C] float32, of the plain pass
-    labels: Tensor  # [N] int64, -1 where a row has none
-    plain: Uncertainty
-    monte_carlo: Uncertainty
-
-
-@dataclass(frozen=True)
-class TokenPrediction:
-    """What a language model says about N samples, and about each of their M predicted tokens."""
-
-    sample_ids: Tensor  # [N] int64
-    features: Tensor  # [N, D] float32: mean over the tokens of what the last layer reads
-    plain: SampleUncertainty
-    monte_carlo: SampleUncertainty
-    plain_tokens: TokenUncertainty
-    monte_carlo_tokens: TokenUncertainty
 
 
 @dataclass
@@ -65,7 +50,7 @@ class Predictor:
         collate: rows -> one padded batch with `sample_id`, and `labels` where rows have them.
         monte_carlo: draws the passes.
         batch_size: rows a forward pass.
-        has_classes: whether the model classifies rows (otherwise it predicts tokens).
+        predicts: what the model predicts, as its bundle says (`Modality.predicts`).
         lengths: of rows: those of like length run together.
     """
 
@@ -76,12 +61,13 @@ class Predictor:
         monte_carlo: MonteCarlo,
         *,
         batch_size: int,
-        has_classes: bool,
+        predicts: Predicts,
         lengths: Callable[["Dataset"], list[int]],
     ) -> None:
         self.model = model.eval()
         self.collate, self.monte_carlo, self.batch_size = collate, monte_carlo, batch_size
-        self.has_classes, self.lengths = has_classes, lengths
+        self.has_classes, self.lengths = predicts == "classes", lengths
+        self._predicted = _KINDS[predicts]
         self.clock = Clock()
         self.device = next(model.parameters()).device
 
@@ -100,10 +86,10 @@ class Predictor:
             ClassPrediction or TokenPrediction, in the order of the rows; None on the other
             processes.
         """
-        one_batch = self._classes if self.has_classes else self._tokens
         parts, order = [], []
         for places, batch in self._batches(rows, batches):
-            parts.append(one_batch(batch))
+            plain = self._timed_plain(batch)
+            parts.append(self._predicted(batch, plain, self._passes(batch, plain)))
             order.extend(places)
         found = parallel.to_main((_joined(parts), order) if parts else None)
         every = [part for part in found if part is not None]
@@ -119,7 +105,7 @@ class Predictor:
         found, labels, order = [], [], []
         for places, batch in self._batches(rows):
             found.append(self._plain(_inputs(batch)).features)
-            labels.append(_class_labels(batch) if self.has_classes else _no_labels(batch))
+            labels.append(class_labels(batch) if self.has_classes else no_labels(batch))
             order.extend(places)
         every = parallel.to_main((found, labels, order))
         if not every:
@@ -145,22 +131,22 @@ class Predictor:
             batch = self.collate([rows[place] for place in places])
             yield places, {name: value.to(self.device) for name, value in batch.items()}
 
-    def _timed_plain(self, batch: dict[str, Tensor]) -> "_PlainPass":
+    def _timed_plain(self, batch: dict[str, Tensor]) -> PlainPass:
         started = time.perf_counter()
         plain = self._plain(_inputs(batch))
         self.clock.deterministic_seconds += time.perf_counter() - started
         return plain
 
-    def _plain(self, inputs: dict[str, Tensor]) -> "_PlainPass":
+    def _plain(self, inputs: dict[str, Tensor]) -> PlainPass:
         with (
             FeatureTap(self.model, self.has_classes) as tap,
             kept_outputs(self.monte_carlo.body) as outputs,
         ):
             logits = logits_of(self.model, inputs)
         features = tap.pooled(inputs.get("attention_mask")).cpu()
-        return _PlainPass(logits, features, outputs[0] if outputs else None)
+        return PlainPass(logits, features, outputs[0] if outputs else None)
 
-    def _passes(self, batch: dict[str, Tensor], plain: "_PlainPass") -> Iterator[Tensor]:
+    def _passes(self, batch: dict[str, Tensor], plain: PlainPass) -> Iterator[Tensor]:
         passes = self.monte_carlo.passes(
             _inputs(batch), batch["sample_id"], plain.body_output, batch.get("domain")
         )
@@ -172,61 +158,10 @@ class Predictor:
                 return
             yield logits
 
-    def _classes(self, batch: dict[str, Tensor]) -> ClassPrediction:
-        plain = self._timed_plain(batch)
-        plain_sums, sums = MonteCarloSums(), MonteCarloSums()
-        plain_sums.update(plain.logits)
-        for logits in self._passes(batch, plain):
-            sums.update(logits)
-        return ClassPrediction(
-            sample_ids=batch["sample_id"].cpu(),
-            features=plain.features,
-            logits=plain.logits.float().cpu(),
-            labels=_class_labels(batch),
-            plain=_on_cpu(plain_sums.result()),
-            monte_carlo=_on_cpu(sums.result()),
-        )
-
-    def _tokens(self, batch: dict[str, Tensor]) -> TokenPrediction:
-        plain, targets = self._timed_plain(batch), batch["labels"][:, 1:]
-        plain_sums, sums = TokenSums(targets), TokenSums(targets)
-        plain_sums.update(plain.logits[:, :-1])
-        for logits in self._passes(batch, plain):
-            sums.update(logits[:, :-1])
-        plain_tokens, tokens = _on_cpu(plain_sums.result()), _on_cpu(sums.result())
-        return TokenPrediction(
-            sample_ids=batch["sample_id"].cpu(),
-            features=plain.features,
-            plain=plain_tokens.per_sample(len(targets)),
-            monte_carlo=tokens.per_sample(len(targets)),
-            plain_tokens=plain_tokens,
-            monte_carlo_tokens=tokens,
-        )
-
-
-@dataclass(frozen=True)
-class _PlainPass:
-    logits: Tensor
-    features: Tensor
-    body_output: Any  # None unless Monte-Carlo passes can start from it
-
 
 def _inputs(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     aside = ("labels", "sample_id", "domain")
     return {name: value for name, value in batch.items() if name not in aside}
-
-
-def _class_labels(batch: dict[str, Tensor]) -> Tensor:
-    return batch["labels"].cpu() if "labels" in batch else _no_labels(batch)
-
-
-def _no_labels(batch: dict[str, Tensor]) -> Tensor:
-    return torch.full_like(batch["sample_id"], -1, device="cpu")
-
-
-def _on_cpu(result: Any) -> Any:
-    """What is kept of a batch leaves the accelerator, which holds one batch at a time."""
-    return replace(result, **{f.name: getattr(result, f.name).cpu() for f in fields(result)})
 
 
 def _joined(parts: list[Any]) -> Any:

@@ -20,7 +20,8 @@ from pipeline.evaluation.batches import Batches, batch_keys
 from pipeline.evaluation.calibration import apply_temperature
 from pipeline.evaluation.judge import ENTROPIES, Prediction, Scores
 from pipeline.evaluation.ood.registry import CLASS_SOURCES, SCORES, TOKEN_SOURCES
-from pipeline.evaluation.predict import ClassPrediction, TokenPrediction
+from pipeline.evaluation.predict_classes import ClassPrediction
+from pipeline.evaluation.predict_tokens import TokenPrediction
 from pipeline.modality.bundle import MODALITIES, LabelNames, modality_of
 from pipeline.modality.images import thumbnail
 from pipeline.records import write_bytes

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from pipeline.config.schema import DataSource, RunConfig
 from pipeline.dropout.philox import permutation
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 LabelNames = tuple[str, ...] | None
 CONVERSATIONS = "conversations"
+Predicts = Literal["classes", "next_tokens"]
 
 # Which samples a limit keeps is the same under every seed, so that runs with different seeds train
 # and are judged on the same ones. Epoch -1 comes before every epoch of training: the draw is used
@@ -52,6 +53,9 @@ class Modality:
     """Hugging Face pipeline task name, or `conversations`: text-generation on rows of messages."""
     auto_class: str
     """Name of the model class in transformers."""
+    predicts: Predicts
+    """`classes`: logits [B, C]. `next_tokens`: logits [B, L, V], each place of which predicts the
+    label one place on."""
     metric_names: tuple[str, ...]
     """Metrics of evaluation during training."""
     one_sample_a_row: bool

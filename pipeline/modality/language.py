@@ -338,6 +338,7 @@ TEXT_CLASSIFICATION = register(
     Modality(
         task="text-classification",
         auto_class="AutoModelForSequenceClassification",
+        predicts="classes",
         metric_names=("loss", "accuracy", "ece"),
         one_sample_a_row=True,
         needs_labels=True,
@@ -364,6 +365,7 @@ TEXT_GENERATION = register(
     Modality(
         task="text-generation",
         auto_class="AutoModelForCausalLM",
+        predicts="next_tokens",
         metric_names=("loss", "perplexity", "accuracy"),
         one_sample_a_row=False,
         needs_labels=False,

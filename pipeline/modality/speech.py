@@ -121,6 +121,7 @@ AUDIO_CLASSIFICATION = register(
     Modality(
         task="audio-classification",
         auto_class="AutoModelForAudioClassification",
+        predicts="classes",
         metric_names=("loss", "accuracy", "ece"),
         one_sample_a_row=True,
         needs_labels=True,

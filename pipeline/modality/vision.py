@@ -121,6 +121,7 @@ IMAGE_CLASSIFICATION = register(
     Modality(
         task="image-classification",
         auto_class="AutoModelForImageClassification",
+        predicts="classes",
         metric_names=("loss", "accuracy", "ece"),
         one_sample_a_row=True,
         needs_labels=True,

@@ -84,7 +84,7 @@ def make_predictor():
             lambda rows: padded(rows, left, causal=not has_classes),
             MonteCarlo(keyed, num_passes, **options),
             batch_size=batch_size,
-            has_classes=has_classes,
+            predicts="classes" if has_classes else "next_tokens",
             lengths=token_lengths,
         )
 

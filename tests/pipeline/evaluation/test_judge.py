@@ -12,7 +12,7 @@ from pipeline.evaluation.calibration import (
 )
 from pipeline.evaluation.intervals import make_generator
 from pipeline.evaluation.judge import ECE_CHANGE, judge_classes, top_5
-from pipeline.evaluation.predict import ClassPrediction
+from pipeline.evaluation.predict_classes import ClassPrediction
 from pipeline.evaluation.uncertainty import MonteCarloSums
 from pipeline.evaluation.verdict import verdict
 

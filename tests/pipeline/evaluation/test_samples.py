@@ -14,7 +14,7 @@ from PIL import Image
 from pipeline.corpora.digits import png
 from pipeline.errors import DataError
 from pipeline.evaluation.batches import batch_keys, batches_again, by_length
-from pipeline.evaluation.predict import ClassPrediction
+from pipeline.evaluation.predict_classes import ClassPrediction
 from pipeline.evaluation.samples import Origin, samples_of, scored_table
 from pipeline.evaluation.uncertainty import MonteCarloSums
 from pipeline.modality.language import described_text, unknown_token
