@@ -15,6 +15,7 @@ from monitoring.headline import tiles, verdict
 from monitoring.pages import render, shown
 from monitoring.production import Production, content_of, load_production
 from monitoring.run import Run, is_number, load_run, mean
+from monitoring.sequences import sequences
 from pipeline.errors import RunFolderError
 from pipeline.records import RunFolder, write_text
 
@@ -61,6 +62,7 @@ def _content(run: Run, production: Production | None) -> dict[str, Any]:
         "curves": shown(figures.curve_charts(run)),
         "calibration": _calibration(run),
         "uncertainty": _uncertainty(run),
+        "generation": sequences(run),
         "memorisation": _memorisation(run),
         "ood": [_ood(run, name) for name in run.section("ood")],
         "samples": _most_uncertain(run),

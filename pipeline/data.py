@@ -82,6 +82,10 @@ def load_raw(config: RunConfig) -> RawData:
         )
     if config.data.packing and config.model.task != "text-generation":
         problems.append(f"data.packing: packs documents of text-generation, not {modality.task}")
+    if config.evaluation.generation is not None and modality.prompt is None:
+        problems.append(
+            f"evaluation.generation: models of {modality.task} say nothing; leave it out"
+        )
     keeps_rows = modality.one_sample_a_row and not config.data.packing
     problems += domain_problems(rows, config, keeps_rows)
     if modality.one_sample_a_row and "train" in rows:

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from pipeline.config.augmentation import Augmentation
+from pipeline.config.generation import SequenceConfig
 from pipeline.config.monitoring import MonitoringConfig
 from pipeline.config.roles import (
     NonNegativeFloat,
@@ -295,6 +296,8 @@ class EvaluationConfig(Section):
     """Training rows, chosen by key, whose features fit Mahalanobis and kNN."""
     memorisation: MemorisationConfig | None = None
     """Probe whether training rows are repeated verbatim (text-generation)."""
+    generation: SequenceConfig | None = None
+    """Let the model go on from test rows; off unless given."""
 
 
 class WandbConfig(Section):

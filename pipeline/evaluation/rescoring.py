@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.evaluation.forward import logits_of
+from pipeline.evaluation.forward import bare_model, logits_of
 from pipeline.evaluation.token_uncertainty import IGNORED
 
 
@@ -44,16 +44,35 @@ class Whole:
 
     def logits(self, model: nn.Module) -> Tensor:
         """Logits that predict the continuations, `[B, L, V]`, under the masks in force."""
-        logits = logits_of(model, self.inputs)
-        first = logits.shape[1] - self._length  # of learned prompt tokens, if an adapter has some
-        steps = torch.arange(self.targets.shape[1], device=logits.device)
-        places = (first + self.starts[:, None] + steps).clamp(max=logits.shape[1] - 1)
-        rows = torch.arange(len(places), device=logits.device)[:, None]
-        return logits[rows, places]
+        return self._gathered(logits_of(model, self.inputs))
+
+    def embeddings(self, model: nn.Module) -> Tensor:
+        """Mean over the continuation of what its tokens are predicted from, float32 `[B, D]`."""
+        seen: list[Tensor] = []
+        head = bare_model(model).get_output_embeddings()
+        handle = head.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+        try:
+            logits_of(model, self.inputs)
+        finally:
+            handle.remove()
+        there = (self.targets != IGNORED)[..., None]
+        states = self._gathered(seen[-1]).float()
+        return ((states * there).sum(1) / there.sum(1).clamp(min=1)).cpu()
+
+    def _gathered(self, values: Tensor) -> Tensor:
+        """Of a tensor `[B, T, ...]` over the inputs, the places that predict continuations."""
+        first = values.shape[1] - self._length  # of learned prompt tokens, if an adapter has some
+        steps = torch.arange(self.targets.shape[1], device=values.device)
+        places = (first + self.starts[:, None] + steps).clamp(max=values.shape[1] - 1)
+        return values[torch.arange(len(places), device=values.device)[:, None], places]
 
     def log_probabilities(self, model: nn.Module) -> Tensor:
         """Log-probability of every token of the continuations, float64 `[B, L]`, 0 behind them."""
-        log_p = self.logits(model).double().log_softmax(-1)
+        return self.log_probabilities_of(self.logits(model))
+
+    def log_probabilities_of(self, logits: Tensor) -> Tensor:
+        """The same from logits `[B, L, V]`."""
+        log_p = logits.double().log_softmax(-1)
         there = self.targets != IGNORED
         found = log_p.gather(2, self.targets.clamp(min=0)[..., None]).squeeze(2)
         return found.where(there, torch.zeros_like(found)).cpu()

@@ -124,6 +124,17 @@ def with_carried(scored: pa.Table, carried: pa.Table | None) -> pa.Table:
     return scored
 
 
+def with_sequences(samples: pa.Table, said: Sequence[Mapping[str, Any]]) -> pa.Table:
+    """Samples beside what was generated from some of them; null for the others."""
+    by_id = {row["sample_id"]: row for row in said}
+    found = [by_id.get(number, {}) for number in samples["sample_id"].to_pylist()]
+    for name in (name for name in (said[0] if said else ()) if name != "sample_id"):
+        values = [row.get(name) for row in found]
+        texts = [v[:EXCERPT_CHARACTERS] if isinstance(v, str) else v for v in values]
+        samples = samples.append_column(name, pa.array(texts))
+    return samples
+
+
 def with_metadata(table: pa.Table, about: Mapping[str, Any]) -> pa.Table:
     """The table, saying how it was scored."""
     return table.replace_schema_metadata(

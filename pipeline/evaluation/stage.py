@@ -23,6 +23,7 @@ from pipeline.dropout.plan import DropoutPlan
 from pipeline.errors import DataError
 from pipeline.evaluation import judge
 from pipeline.evaluation.fitted import Fitted, write_fitted
+from pipeline.evaluation.generation import Generator
 from pipeline.evaluation.inputs import carried_columns
 from pipeline.evaluation.memorisation import memorisation_section
 from pipeline.evaluation.ood.registry import FeatureDetector, fit_detectors
@@ -36,8 +37,10 @@ from pipeline.evaluation.samples import (
     scoring_facts,
     with_carried,
     with_metadata,
+    with_sequences,
     write_table,
 )
+from pipeline.evaluation.sequences import Row, SequenceJudge, sequence_section
 from pipeline.evaluation.verdict import verdict
 from pipeline.exhibits import Exhibit, Table
 from pipeline.modality.bundle import kept_rows
@@ -84,15 +87,18 @@ def _evaluate(
     _agree_on_masks(opened.predictor, opened.data)
     predictions = _predict(opened.predictor, opened.data, say)
     to_fit, clock = opened.predictor.features(fit_rows), opened.predictor.slowest_clock()
+    said = _sequences(opened, config, say)
     report = None
     if parallel.is_main():
         detectors = _fit(to_fit, opened.predictor.has_classes, config)
         scores = _scores(opened, predictions, detectors)
         report = _report(config, opened.data, opened.predictor, clock, predictions, scores)
         report |= _memorisation(opened, config, say)
+        if config.evaluation.generation is not None:
+            report["generation"] = sequence_section(said, config.evaluation.generation)
         fitted = Fitted(model_version(run), detectors, report["calibration"].get("temperature"))
         scored = _scored(config, opened, predictions, scores, fitted)
-        _write(run, report, scored, fitted)
+        _write(run, report, scored, fitted, said)
         keep_profile(run, _reference(scored["test"], opened, config, plan, fitted))
         say(_track(run, config, report, exhibits(run)))
     return dict(parallel.from_main(report))
@@ -226,6 +232,17 @@ def _memorisation(opened: _Opened, config: RunConfig, say: Say) -> dict[str, Any
     return {"memorisation": found}
 
 
+def _sequences(opened: _Opened, config: RunConfig, say: Say) -> list[Row]:
+    """What the model says to test prompts, on the main process; every process takes its share."""
+    if config.evaluation.generation is None:
+        return []
+    say("Generating from test prompts.")
+    predictor, processor = opened.predictor, opened.processor
+    keyed = predictor.monte_carlo.keyed
+    generator = Generator(predictor.model, keyed, processor, config.seed)
+    return SequenceJudge(generator, config, processor).rows(opened.data.test)
+
+
 def versions() -> dict[str, str]:
     """What this run was computed with."""
     packages = ("torch", "transformers", "accelerate", "peft", "datasets", "numpy", "scikit-learn")
@@ -273,10 +290,15 @@ def _reference(
 
 
 def _write(
-    run: RunFolder, report: dict[str, Any], scored: Mapping[str, pa.Table], fitted: Fitted
+    run: RunFolder,
+    report: dict[str, Any],
+    scored: Mapping[str, pa.Table],
+    fitted: Fitted,
+    said: list[Row],
 ) -> None:
-    samples = [samples_of(split, table) for split, table in scored.items()]
-    write_table(run.samples, pa.concat_tables(samples))
+    samples = {split: samples_of(split, table) for split, table in scored.items()}
+    samples["test"] = with_sequences(samples["test"], said)
+    write_table(run.samples, pa.concat_tables(samples.values(), promote_options="default"))
     write_fitted(run, fitted)
     write_json(run.report_json, report)
 
@@ -319,6 +341,8 @@ def headline_numbers(report: Mapping[str, Any]) -> dict[str, float]:
     for name in ("train", "control", "canaries"):
         if name in report.get("memorisation", {}):
             numbers[f"eval/memorised_{name}"] = report["memorisation"][name]["share"]
+    means = report.get("generation", {}).get("means", {})
+    numbers |= {f"eval/sequences_{name}": value for name, value in means.items()}
     for set_name, section in report["ood"].items():
         for score, figures in section["scores"].items():
             numbers[f"ood/{set_name}/{score}_auroc"] = figures["auroc"]

@@ -46,6 +46,15 @@ class LoadProcessor(Protocol):
 
 
 @dataclass(frozen=True)
+class Prompt:
+    """A prepared row cut where generation starts."""
+
+    row: dict[str, Any]
+    reference: list[int]
+    """The tokens that really followed."""
+
+
+@dataclass(frozen=True)
 class Modality:
     """Everything one task does its own way."""
 
@@ -102,6 +111,13 @@ class Modality:
     """From the processor: what the user should know about how rows are prepared."""
     optional_inputs: Callable[[DataSource], tuple[str, ...]] = lambda source: ()
     """Columns that are read where rows have them, such as transcripts."""
+    prompt: Callable[[Mapping[str, Any], int], Prompt | None] | None = None
+    """From a prepared row and a number of tokens (of plain text): where generation starts; None for
+    a row in which nothing follows. No function: the task's models generate nothing."""
+    prompt_collator: (
+        Callable[[Any, RunConfig], Callable[[list[dict[str, Any]]], dict[str, "Tensor"]]] | None
+    ) = None
+    """Rows of prompts to one batch that `generate` takes: without labels, padded on the left."""
 
 
 MODALITIES: dict[str, Modality] = {}

@@ -22,6 +22,7 @@ from pipeline.modality.language import (
     described_blocks,
     mapped,
 )
+from pipeline.modality.prompts import turn_prompt
 from pipeline.modality.quarantine import BadSample
 from pipeline.modality.tokenizer import load_tokenizer
 
@@ -222,5 +223,6 @@ CHAT = register(
         problems=conversation_problems,
         prepare=prepare_conversations,
         notes=classification_notes,
+        prompt=turn_prompt,
     )
 )

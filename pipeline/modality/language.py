@@ -14,6 +14,7 @@ from pipeline.errors import ModelError
 from pipeline.modality import losses
 from pipeline.modality.bundle import LabelNames, Modality, kept_numbers, kept_rows, register
 from pipeline.modality.labels import label_names_of, label_numbers, label_problems, row_list
+from pipeline.modality.prompts import prompt_collator, text_prompt
 from pipeline.modality.tokenizer import fit_to_tokenizer, load_tokenizer, token_example
 
 if TYPE_CHECKING:
@@ -385,5 +386,7 @@ TEXT_GENERATION = register(
         eval_sums=losses.causal_sums,
         eval_metrics=losses.causal_metrics,
         notes=generation_notes,
+        prompt=text_prompt,
+        prompt_collator=prompt_collator,
     )
 )
