@@ -25,7 +25,7 @@ from pipeline.dropout.layer_drop import LAYER, open_layers, stacks_keep_layers
 from pipeline.dropout.masks import ActiveMasks, SiteCall, SiteMask
 from pipeline.dropout.noise import NOISE, JitterMask, NoiseMask
 from pipeline.dropout.plan import DropoutPlan
-from pipeline.dropout.positions import StackInputs, is_stack
+from pipeline.dropout.positions import StackInputs, fixes_positions
 from pipeline.dropout.residual import is_residual, open_residuals
 from pipeline.dropout.schedules import Limits, done_at, limits_at
 from pipeline.dropout.shards import Shards, shards_by_site
@@ -127,7 +127,7 @@ class KeyedDropout:
     # -- opening ---------------------------------------------------------------------------------
 
     def _site_masks(self) -> dict[SiteCall, SiteMask]:
-        stacks = [name for module, name in self._names.items() if is_stack(module)]
+        stacks = [name for module, name in self._names.items() if fixes_positions(module)]
         result = {}
         for site in self.plan.in_force():
             around = {n for n in stacks if not n or f"{site.site}.".startswith(f"{n}.")}
@@ -149,7 +149,9 @@ class KeyedDropout:
         handles = []
         for module, name in self._names.items():
             prefix = name + "." if name else ""
-            if is_stack(module) or any(site.startswith(prefix) for site in sites if site != name):
+            if fixes_positions(module) or any(
+                site.startswith(prefix) for site in sites if site != name
+            ):
                 handles.append(
                     module.register_forward_pre_hook(self._enter, with_kwargs=True, prepend=True)
                 )
@@ -168,7 +170,7 @@ class KeyedDropout:
                 self._without_context(site.label, site.rate)
             return
         active.enter()
-        if is_stack(module):
+        if fixes_positions(module):
             inputs = StackInputs.of(module, args, kwargs)
             if inputs is not None:
                 active.stacks[self._names[module]] = inputs

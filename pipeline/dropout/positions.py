@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 _FRAMES = "_get_feature_vector_attention_mask"
 _INPUTS = ("input_ids", "inputs_embeds", "decoder_input_ids")
+_SIGNALS = ("pixel_values", "input_values", "input_features")
 
 
 @lru_cache(maxsize=512)
@@ -31,6 +32,13 @@ def is_stack(module: nn.Module) -> bool:
     names = _parameters(type(module).forward)
     takes_tokens = "input_ids" in names or "inputs_embeds" in names
     return "attention_mask" in names and (takes_tokens or _takes_waves(module))
+
+
+def fixes_positions(module: nn.Module) -> bool:
+    """Whether what is inside a module has positions of its own: a stack, or an encoder of images or
+    sounds, whose tokens are none of a text around it (the vision tower of a multimodal model)."""
+    names = _parameters(type(module).forward)
+    return is_stack(module) or (bool(set(_SIGNALS) & set(names)) and not set(_INPUTS) & set(names))
 
 
 def _takes_waves(module: nn.Module) -> bool:
@@ -59,6 +67,8 @@ class StackInputs:
         """Read the inputs of a stack's call; None when it was given no tokens."""
         names = _parameters(type(module).forward)[1:]
         given = {**dict(zip(names, args, strict=False)), **kwargs}
+        if not is_stack(module):
+            return _NUMBERED
         if _takes_waves(module):
             return _frames(module, given.get("input_values"), _matrix(given.get("attention_mask")))
         tokens = next((given[name] for name in _INPUTS if given.get(name) is not None), None)
@@ -116,10 +126,14 @@ class StackInputs:
         return _from_mask(self.attention_mask, self.cache_length + self.length)
 
 
-def _frames(module: Any, waves: Tensor | None, attention_mask: Tensor | None) -> StackInputs | None:
-    """What the convolutions of a speech model leave of a padded batch; None without padding."""
+_NUMBERED = StackInputs(length=0)
+"""Of an encoder that knows no padding: positions are counted, whatever the length."""
+
+
+def _frames(module: Any, waves: Tensor | None, attention_mask: Tensor | None) -> StackInputs:
+    """What the convolutions of a speech model leave of a padded batch; counted without padding."""
     if waves is None or attention_mask is None:
-        return None
+        return _NUMBERED
     make_mask = getattr(module, _FRAMES)
     options = {"add_adapter": False} if "add_adapter" in _parameters(make_mask) else {}
     length = int(module._get_feat_extract_output_lengths(waves.shape[1], **options))

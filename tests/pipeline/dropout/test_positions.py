@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.dropout.positions import StackInputs, is_stack
+from pipeline.dropout.positions import StackInputs, fixes_positions, is_stack
 
 CPU = torch.device("cpu")
 
@@ -98,3 +98,22 @@ def test_cross_attention_counts_the_tokens_of_the_encoder():
     mask = torch.tensor([[0, 1, 1]])
     found = inputs(length=2, encoder_attention_mask=mask)
     assert found.encoder_keys(3, CPU).tolist() == [[0, 0, 1]]
+
+
+class Tower(nn.Module):
+    def forward(self, pixel_values, output_hidden_states=None):
+        return pixel_values
+
+
+class Both(nn.Module):
+    def forward(self, input_ids, pixel_values, attention_mask=None):
+        return self.tower(pixel_values)
+
+
+def test_an_encoder_of_images_counts_its_own_positions_inside_a_stack_of_text():
+    tower, both = Tower(), Both()
+    assert (is_stack(tower), fixes_positions(tower)) == (False, True)
+    assert (is_stack(both), fixes_positions(both)) == (True, True)
+    assert not fixes_positions(nn.Linear(2, 2))
+    found = StackInputs.of(tower, (torch.zeros(2, 3, 8, 8),), {})
+    assert (found.length, found.attention_mask) == (0, None)
