@@ -1,7 +1,7 @@
 """The rows of a run: loaded, checked, prepared for the model, laid out as one training stream."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from pipeline.errors import DataError
 from pipeline.modality import Modality
 from pipeline.modality.bundle import LabelNames, modality_of
 from pipeline.modality.domains import domain_problems, with_domains
+from pipeline.modality.image_mixing import is_mixing
 from pipeline.modality.quarantine import Quarantine, SetAside
 from pipeline.sources import default_split, load_splits, num_shared, ranges_of, select
 
@@ -155,6 +156,15 @@ class TrainingStream(TorchDataset[dict[str, Any]]):
     Epoch e visits the rows in the order permutation(seed, e); the n mod G rows at its end are left
     out, others each time. An item is a function of k alone: no sampler, no cursor, so processes
     and resumes agree by themselves.
+
+    Args:
+        rows: prepared samples.
+        seed: of the run.
+        num_steps: optimizer steps.
+        global_batch_size: G.
+        with_partners: give each row another of its global batch, as `partner`.
+        lengths: of the rows; with them, the rows of a global batch come shortest first, so that
+            those of like length share micro-batches. Which rows a step takes stays the same.
     """
 
     def __init__(
@@ -164,11 +174,13 @@ class TrainingStream(TorchDataset[dict[str, Any]]):
         num_steps: int,
         global_batch_size: int,
         with_partners: bool = False,
+        lengths: Sequence[int] | None = None,
     ) -> None:
         _raise_if_any(_too_few(len(rows), global_batch_size))
         self.rows = rows.remove_columns([name for name in ("text",) if name in rows.column_names])
         self.seed, self.num_steps, self.global_batch_size = seed, num_steps, global_batch_size
         self.with_partners = with_partners
+        self.lengths = None if lengths is None else np.asarray(lengths)
         self.rows_per_epoch = len(rows) // global_batch_size * global_batch_size
         self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
         self._step, self._partners = -1, np.empty(0, dtype=np.int64)
@@ -199,7 +211,24 @@ class TrainingStream(TorchDataset[dict[str, Any]]):
     def _order_of(self, epoch: int) -> np.ndarray:
         if epoch != self._epoch:
             self._epoch, self._order = epoch, permutation(self.seed, epoch, len(self.rows))
+            if self.lengths is not None:
+                batches = self._order[: self.rows_per_epoch].reshape(-1, self.global_batch_size)
+                by_length = np.argsort(self.lengths[batches], axis=1, kind="stable")
+                self._order = np.take_along_axis(batches, by_length, axis=1).ravel()
         return self._order
+
+
+def training_stream(config: RunConfig, rows: "Dataset", num_steps: int) -> TrainingStream:
+    """The stream of a run: partners for mixing, and like lengths together, where it asks so."""
+    by_length = config.train.train_sampling_strategy == "group_by_length"
+    return TrainingStream(
+        rows,
+        config.seed,
+        num_steps,
+        config.train.global_batch_size,
+        with_partners=is_mixing(config.data.augmentation.image),
+        lengths=modality_of(config).lengths(rows) if by_length else None,
+    )
 
 
 def _main_splits(config: RunConfig, problems: list[str]) -> tuple[dict[str, "Dataset"], list[str]]:

@@ -22,13 +22,12 @@ from pipeline.arguments import (
 from pipeline.callbacks import Meter, ShowProgress, StopPolitely, TrackMetrics
 from pipeline.config.load import config_diff, config_hash, dump_config, load_config
 from pipeline.config.schema import RunConfig
-from pipeline.data import PreparedData, TrainingStream, load_raw, prepare_data, require_enough
+from pipeline.data import PreparedData, load_raw, prepare_data, require_enough, training_stream
 from pipeline.dropout.context import KeyedDropout
 from pipeline.dropout.plan import DropoutPlan
 from pipeline.errors import RunFolderError
 from pipeline.library_output import without_old_collectives
 from pipeline.modality.bundle import modality_of
-from pipeline.modality.image_mixing import is_mixing
 from pipeline.model import build_model, plan_for
 from pipeline.packing import packed, require_isolation
 from pipeline.records import RunFolder, write_json, write_jsonl, write_text
@@ -345,13 +344,7 @@ def make_trainer(
         meter=meter,
         model=parts.model,
         args=parts.args,
-        train_dataset=TrainingStream(
-            rows,
-            config.seed,
-            parts.args.max_steps,
-            train.global_batch_size,
-            with_partners=is_mixing(config.data.augmentation.image),
-        ),
+        train_dataset=training_stream(config, rows, parts.args.max_steps),
         eval_dataset=parts.data.validation,
         data_collator=modality.collator(parts.processor, config),
         callbacks=callbacks,

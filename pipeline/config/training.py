@@ -1,6 +1,6 @@
 """The `train:` section: the Trainer's own names, with their types and pairs."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -49,6 +49,8 @@ class TrainConfig(Section):
     """Recompute activations in backward; masks stay the same."""
     use_cpu: bool | None = None
     """Default: true where there is no accelerator."""
+    train_sampling_strategy: Literal["sequential", "group_by_length"] = "sequential"
+    """`group_by_length`: the rows of a global batch are taken shortest first, so that those of like length share micro-batches; which rows a step takes stays the same."""
     dataloader_num_workers: NonNegativeInt = 0
     """Worker processes for loading."""
     logging_steps: PositiveInt = 10

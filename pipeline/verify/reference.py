@@ -12,7 +12,7 @@ from transformers import get_scheduler
 from transformers.trainer_pt_utils import get_parameter_names
 
 from pipeline.config.schema import RunConfig
-from pipeline.data import TrainingStream
+from pipeline.data import training_stream
 from pipeline.dropout.concrete import PARAMETER, learned_rates_of
 from pipeline.dropout.context import KeyedDropout
 from pipeline.dropout.key import row_id
@@ -39,7 +39,7 @@ def run_by_hand(parts: Parts, num_steps: int) -> Record:
     keyed = KeyedDropout(model, parts.plan, config.seed)
     keyed.observer = probe.observe
     size = config.train.global_batch_size
-    stream = TrainingStream(parts.data.train, config.seed, num_steps, size)
+    stream = training_stream(config, parts.data.train, num_steps)
     optimizer = adamw(model, config)
     schedule = scheduler(optimizer, config, num_steps)
     collate = modality_of(config).collator(parts.processor, config)

@@ -298,6 +298,16 @@ def test_the_stream_visits_each_epoch_in_keyed_order_and_leaves_out_the_rest():
     assert set(Counter(ids[:8]).values()) == {1}
 
 
+def test_rows_of_like_length_come_together_within_their_own_step():
+    lengths = [(7 * n) % 5 for n in range(11)]
+    plain = TrainingStream(numbered(11), 5, 7, 4)
+    grouped = TrainingStream(numbered(11), 5, 7, 4, lengths=lengths)
+    for step in range(7):
+        taken = [plain[k]["sample_id"] for k in range(4 * step, 4 * step + 4)]
+        found = [grouped[k]["sample_id"] for k in range(4 * step, 4 * step + 4)]
+        assert found == sorted(taken, key=lambda one: lengths[one])
+
+
 def test_a_stream_item_depends_on_its_number_alone():
     stream = TrainingStream(numbered(10), seed=1, num_steps=6, global_batch_size=4)
     forward = [stream[k] for k in range(24)]
