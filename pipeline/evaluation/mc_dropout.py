@@ -33,21 +33,13 @@ class MonteCarlo:
 
     Args:
         keyed: keyed dropout bound to the model; the plan's rates decide.
-        num_passes: T.
+        num_passes: T; without a live site all passes would be equal, and one is run.
         strict: randomness outside the plan in the first batch is an error, else a warning.
-
-    Raises:
-        DropoutError: the plan has no live site, so that all passes would be equal.
     """
 
     def __init__(self, keyed: KeyedDropout, num_passes: int, *, strict: bool = True) -> None:
-        if not keyed.plan.in_passes():
-            raise DropoutError(
-                "Monte-Carlo dropout needs a live site, but every rate of this run's dropout plan "
-                "is 0: all passes would be equal. Set a rate under `dropout:` (for models without "
-                "dropout, `dropout.insert`) and train again."
-            )
-        self.keyed, self.num_passes, self.strict = keyed, num_passes, strict
+        self.keyed, self.strict = keyed, strict
+        self.num_passes = num_passes if keyed.plan.in_passes() else 1
         self.body = head_only_body(keyed)
         self._is_audited = False
 

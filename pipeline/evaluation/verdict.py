@@ -10,6 +10,11 @@ from pipeline.evaluation.calibration import TEMPERATURE_BOUNDS
 from pipeline.evaluation.judge import ECE_CHANGE
 
 Report = Mapping[str, Any]
+NO_DROPOUT = (
+    "This model has no live dropout site: the figures called Monte-Carlo are those of one plain "
+    "pass, and say nothing about what the model does not know. To have them, set a rate under "
+    "`dropout:` (for models without dropout of their own, `dropout.insert`) and train again."
+)
 
 
 def verdict(report: Report, confidence_level: float) -> list[str]:
@@ -18,12 +23,13 @@ def verdict(report: Report, confidence_level: float) -> list[str]:
     if "accuracy" in report["quality"]["mc"]:
         sentences = [
             _accuracy(report, level),
-            _calibration(report, level),
+            _calibration(report, level) if report["mc"]["num_sites"] else NO_DROPOUT,
             _temperature(report),
             _errors(report),
         ]
     else:
         sentences = [_perplexity(report, level), _token_calibration(report)]
+        sentences += [] if report["mc"]["num_sites"] else [NO_DROPOUT]
     return [*sentences, *(section["verdict"] for section in report["ood"].values())]
 
 
@@ -32,8 +38,8 @@ def _accuracy(report: Report, level: str) -> str:
     lower, upper = report["intervals"]["mc/accuracy"]
     found = (
         f"Accuracy is {accuracy:.1%} on {_count(report['num_samples']['test'], 'test row')} "
-        f"({level} {lower:.1%} to {upper:.1%}), averaged over {report['mc']['num_passes']} "
-        f"Monte-Carlo passes; always answering the most frequent class would give {chance:.1%}"
+        f"({level} {lower:.1%} to {upper:.1%}), {_averaged(report)}; "
+        f"always answering the most frequent class would give {chance:.1%}"
     )
     if upper < chance:
         return f"{found}, which is better."
@@ -94,8 +100,8 @@ def _perplexity(report: Report, level: str) -> str:
     lower, upper = report["intervals"]["mc/perplexity"]
     samples = _count(report["num_samples"]["test"], "test sample")
     return (
-        f"Perplexity is {mc:.2f} on {samples} ({level} {lower:.2f} to {upper:.2f}), averaged over "
-        f"{report['mc']['num_passes']} Monte-Carlo passes; the plain pass has {plain:.2f}."
+        f"Perplexity is {mc:.2f} on {samples} ({level} {lower:.2f} to {upper:.2f}), "
+        f"{_averaged(report)}; the plain pass has {plain:.2f}."
     )
 
 
@@ -105,6 +111,12 @@ def _token_calibration(report: Report) -> str:
         f"The calibration error of the next token (ECE, 0 is best) is {mc:.3f} with Monte-Carlo "
         f"passes and {plain:.3f} in the plain pass."
     )
+
+
+def _averaged(report: Report) -> str:
+    if not report["mc"]["num_sites"]:
+        return "in one pass"
+    return f"averaged over {report['mc']['num_passes']} Monte-Carlo passes"
 
 
 def _count(number: int, noun: str) -> str:

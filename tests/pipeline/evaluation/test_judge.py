@@ -37,7 +37,11 @@ def predicted(labels, scale=3.0, noise=1.0, passes=4):
 def report_of(test, validation, **changes):
     judged = judge_classes(test, validation, CONFIG, seed=1)
     counts = {"test": len(test.labels), "validation": len(validation.labels)}
-    return {"num_samples": counts, "mc": {"num_passes": 4}, "ood": {}} | judged | changes
+    return (
+        {"num_samples": counts, "mc": {"num_passes": 4, "num_sites": 2}, "ood": {}}
+        | judged
+        | changes
+    )
 
 
 LABELS = [number % 3 for number in range(60)]
@@ -85,6 +89,13 @@ def test_the_verdict_is_plain_words():
     ]
     assert "on 60 test rows (95% interval" in sentences[0]
     assert all(sentence.endswith(".") for sentence in sentences)
+
+
+def test_without_a_live_site_nothing_is_said_of_passes():
+    mc = {"num_passes": 1, "num_sites": 0}
+    sentences = verdict(report_of(predicted(LABELS), predicted(LABELS), mc=mc), 0.95)
+    assert "), in one pass; always" in sentences[0]
+    assert sentences[1].startswith("This model has no live dropout site: ")
 
 
 @pytest.mark.parametrize(

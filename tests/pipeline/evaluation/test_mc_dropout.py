@@ -176,10 +176,11 @@ def test_stacks_of_passes_stay_small(bind, make_predictor, rows, monkeypatch):
 # -- only planned sites --------------------------------------------------------------------------
 
 
-def test_a_plan_without_a_live_site_is_refused(bind):
+def test_without_a_live_site_one_pass_is_run_and_it_is_the_plain_one(bind, make_predictor, rows):
     keyed = bind(dropout=dict.fromkeys(("embedding", "attention", "hidden", "head"), 0.0))
-    with pytest.raises(DropoutError, match="needs a live site, but every rate .* is 0"):
-        MonteCarlo(keyed, 3)
+    assert MonteCarlo(keyed, 3).num_passes == 1
+    found = make_predictor(keyed, num_passes=3).predict(rows)
+    assert_equal(found.monte_carlo, found.plain)
 
 
 def test_every_module_stays_in_evaluation_mode(bind, make_predictor, rows):
