@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from monitoring import figures, words
+from monitoring.channels import channels_of, model_name
 from monitoring.classes import by_class, hardest
 from monitoring.headline import tiles, verdict
 from monitoring.pages import render, shown
@@ -63,6 +64,7 @@ def _content(run: Run, production: Production | None) -> dict[str, Any]:
         "calibration": _calibration(run),
         "uncertainty": _uncertainty(run),
         "generation": sequences(run),
+        "channels": channels_of(run),
         "memorisation": _memorisation(run),
         "ood": [_ood(run, name) for name in run.section("ood")],
         "samples": _most_uncertain(run),
@@ -90,7 +92,7 @@ def _facts(run: Run, config: dict[str, Any]) -> list[tuple[str, str]]:
     rows = [f"{sizes[key]:,} {key}" for key in ("train", "validation", "test") if sizes.get(key)]
     facts = {
         "Task": words.title_of(task) if task else None,
-        "Model": model.get("model_name_or_path") or model.get("model_type"),
+        "Model": model_name(model),
         "Rows": ", ".join(rows),
         "Evaluated": str(run.report.get("created") or "").replace("T", " ").replace("Z", " UTC"),
     }
@@ -257,7 +259,8 @@ def changes_of(site: dict[str, Any]) -> str:
         return "learned"
     progress = site.get("progress", "constant")
     domains = [f"{name} {rate:g}" for name, rate in (site.get("domains") or {}).items()]
-    return ", ".join([progress] * (progress != "constant") + domains)
+    channels = [f"{name} {rate:g}" for name, rate in (site.get("channels") or {}).items()]
+    return ", ".join([progress] * (progress != "constant") + domains + channels)
 
 
 def _system(run: Run) -> dict[str, Any]:

@@ -45,6 +45,7 @@ _TITLES = {
     "grad_norm": "Gradient norm",
     "text-classification": "Text classification",
     "text-generation": "Text generation",
+    "multimodal-classification": "Multimodal classification",
 }
 _MC_MEASURES = ("predictive_entropy", "expected_entropy", "mutual_information", "disagreement")
 _SHARES = ("accuracy", "top_5_accuracy", "f1", "confidence", "disagreement", "fpr95")

@@ -23,8 +23,9 @@ def peft_config_of(config: RunConfig) -> Any:
     assert config.peft is not None
     cls = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(config.peft.peft_type)]
     task = _TASK_TYPES.get(config.model.task)  # peft knows no images: its plain wrapper serves
+    new = {"modules_to_save": ["fusion"]} if config.model.channels else {}  # begins anew: trained
     # A copy: peft appends to the lists it is given, and the configuration is frozen.
-    return cls(**{"task_type": task, **copy.deepcopy(config.peft.model_extra or {})})
+    return cls(**{"task_type": task, **new, **copy.deepcopy(config.peft.model_extra or {})})
 
 
 def with_adapter(

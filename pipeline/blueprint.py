@@ -92,6 +92,7 @@ def blueprint_of(config: RunConfig, hf_config: PreTrainedConfig) -> Blueprint:
         insertable=_insertable,
         attention_refusal=_attention_refusal(config.model.attn_implementation),
         build_keyed=build_keyed if config.model.attn_implementation in (None, KEYED) else None,
+        channels=tuple(config.model.channels),
     )
 
 
@@ -168,8 +169,11 @@ def _skeleton(
 
 
 def _check_length(config: RunConfig, hf_config: PreTrainedConfig, skeleton: nn.Module) -> None:
-    longest = getattr(hf_config.get_text_config(), "max_position_embeddings", None)
-    if longest is None or longest < 0:
+    inner = [part for _, part in _nested(hf_config)] if config.model.channels else []
+    parts = [hf_config.get_text_config(), *inner]
+    limits = [getattr(part, "max_position_embeddings", None) for part in parts]
+    longest = min((limit for limit in limits if limit is not None and limit >= 0), default=None)
+    if longest is None:
         return
     for name, module in skeleton.named_modules():
         is_table = name.endswith("position_embeddings") and isinstance(module, nn.Embedding)

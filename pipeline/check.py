@@ -70,6 +70,10 @@ def _processor_notes(config: RunConfig, raw: RawData | None) -> list[str]:
         modality_of(config).fit(model_config(config, None), processor, config)
         found = prepare_data(config, raw, processor).notes
         return [note for note in found if note not in raw.notes]
+    if config.model.channels and raw is not None:
+        processor = modality_of(config).load_processor(config, raw.train)
+        modality_of(config).fit(model_config(config, None), processor, config)
+        return modality_of(config).notes(processor)
     if config.model.model_name_or_path is None and config.model.tokenizer_name_or_path is None:
         return []
     modality = modality_of(config)

@@ -144,7 +144,8 @@ def fingerprint_of(parts: Mapping[str, "Dataset"]) -> str:
     whole = hashlib.sha256()
     for name, rows in parts.items():
         whole.update(f"{name}\0{len(rows)}\0".encode())
-        for column in _FINGERPRINTED:
+        dotted = [name for name in rows.column_names if "." in name]  # parts of channels
+        for column in (*_FINGERPRINTED, *(n for n in dotted if not n.endswith(".text"))):
             if column in rows.column_names:
                 whole.update(column.encode() + _digest(rows, column))
     return whole.hexdigest()

@@ -21,10 +21,12 @@ from pipeline.dropout.concrete import add_learned_rates, learned_rates_of
 from pipeline.dropout.key import derive_key
 from pipeline.dropout.noise import NEFTUNE, with_noise
 from pipeline.dropout.plan import DropoutPlan, make_plan
+from pipeline.encoders import pretrained_encoder
 from pipeline.errors import ModelError
 from pipeline.hub import not_found, resolve
 from pipeline.library_output import without_load_report, without_old_names
 from pipeline.modality.bundle import modality_of
+from pipeline.modality.channels import channel_run, of_channel
 from pipeline.model_config import auto_class, model_config, set_rates
 from pipeline.records import sha256_of_file
 
@@ -154,6 +156,8 @@ def _load_weights(config: RunConfig, hf_config: PreTrainedConfig, plan: DropoutP
     name = config.model.model_name_or_path
     if name is None:
         options = _load_options(config, hf_config, plan)
+        if config.model.channels:
+            options["encoders"] = _named_encoders(config, hf_config, options)
         options.pop("use_safetensors")
         return auto_class(config).from_config(hf_config, **options)
     path = resolve(name)
@@ -164,6 +168,36 @@ def _load_weights(config: RunConfig, hf_config: PreTrainedConfig, plan: DropoutP
         raise ModelError(not_found("model", name, error)) from error
     _tell_new_weights(model, name, missing, mismatched)
     return quantization.with_frozen_weights(config, model)
+
+
+def _named_encoders(
+    config: RunConfig, hf_config: Any, options: dict[str, Any]
+) -> dict[str, nn.Module]:
+    """The encoders of channels that name weights, with these."""
+    found = {}
+    for name, channel in config.model.channels.items():
+        if channel.model_name_or_path is not None:
+            with of_channel(name):
+                found[name] = _named_encoder(channel_run(config, name), hf_config, name, options)
+    return found
+
+
+def _named_encoder(
+    config: RunConfig, hf_config: Any, channel: str, options: dict[str, Any]
+) -> nn.Module:
+    name, modality = config.model.model_name_or_path, hf_config.channels[channel]
+    assert name is not None
+    revision = {"revision": config.model.model_revision}
+    try:
+        with without_load_report():
+            encoder, missing = pretrained_encoder(
+                resolve(name), hf_config.of_channel(channel), modality, **revision, **options
+            )
+    except (OSError, ImportError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ModelError(not_found("model", name, error)) from error
+    if missing:
+        logger.warning("Not in the weights of %s, so these start anew: %s.", name, _listed(missing))
+    return encoder
 
 
 def _read_weights(

@@ -15,8 +15,10 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from pipeline.config.schema import RunConfig
 from pipeline.errors import ModelError
+from pipeline.fusion import ChannelFusionConfig
 from pipeline.hub import load_pretrained
 from pipeline.modality.bundle import modality_of
+from pipeline.modality.channels import channel_run, of_channel
 
 _LABELS_UNKNOWN = ("0", "1")
 
@@ -27,14 +29,7 @@ def model_config(config: RunConfig, label_names: Sequence[str] | None) -> PreTra
     Raises:
         ModelError: no such model, or an override that its configuration does not have.
     """
-    model = config.model
-    if model.model_type is not None:
-        hf_config = _from_scratch(config, model.model_type)
-    else:
-        assert model.model_name_or_path is not None
-        hf_config = load_pretrained("model", AutoConfig, model.model_name_or_path, config)
-        _check_overrides(config, hf_config)
-        hf_config.update(model.config_overrides)
+    hf_config = _own_config(config)
     if modality_of(config).needs_labels:
         names = label_names or _LABELS_UNKNOWN
         hf_config.id2label = dict(enumerate(names))
@@ -42,6 +37,34 @@ def model_config(config: RunConfig, label_names: Sequence[str] | None) -> PreTra
         hf_config.problem_type = "single_label_classification"
     _settle_class(config, hf_config)
     return hf_config
+
+
+def _own_config(config: RunConfig) -> PreTrainedConfig:
+    model = config.model
+    if model.model_type is not None:
+        return _from_scratch(config, model.model_type)
+    if model.channels:
+        hf_config = _over_channels(config)
+    else:
+        assert model.model_name_or_path is not None
+        hf_config = load_pretrained("model", AutoConfig, model.model_name_or_path, config)
+    _check_overrides(config, hf_config)
+    hf_config.update(model.config_overrides)
+    return hf_config
+
+
+def _over_channels(config: RunConfig) -> PreTrainedConfig:
+    """The configuration of a model over the encoders of its channels, with theirs in it."""
+    channels = config.model.channels
+    encoders: dict[str, Any] = {}
+    for name in channels:
+        with of_channel(name):
+            encoders[f"{name}_config"] = _own_config(channel_run(config, name))
+    return ChannelFusionConfig(
+        channel_names=list(channels),
+        channel_modalities=[channel.modality for channel in channels.values()],
+        **encoders,
+    )
 
 
 def auto_class(config: RunConfig) -> Any:

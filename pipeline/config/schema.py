@@ -8,19 +8,33 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from pipeline.config.augmentation import Augmentation
+from pipeline.config.channels import (
+    ChannelConfig,
+    channel_problems,
+    column_problems,
+    is_multimodal,
+    rate_problems,
+    with_column_names,
+)
+from pipeline.config.dropout import ConcreteConfig, DropoutConfig, InsertConfig
 from pipeline.config.generation import SequenceConfig
 from pipeline.config.monitoring import MonitoringConfig
 from pipeline.config.roles import (
     NonNegativeFloat,
     PositiveInt,
     Rate,
-    RoleDropout,
     Section,
 )
 from pipeline.config.training import TrainConfig
 
+__all__ = ["ConcreteConfig", "DropoutConfig", "InsertConfig"]  # sections with files of their own
+
 Task = Literal[
-    "text-classification", "text-generation", "image-classification", "audio-classification"
+    "text-classification",
+    "text-generation",
+    "image-classification",
+    "audio-classification",
+    "multimodal-classification",
 ]
 
 
@@ -35,6 +49,8 @@ class ModelConfig(Section):
     """Architecture to train from scratch (`llama`, `gpt2`, ...), instead of `model_name_or_path`."""
     config_overrides: dict[str, Any] = {}
     """Fields of the model's own configuration to set, such as `{num_hidden_layers: 4}`."""
+    channels: dict[str, ChannelConfig] = {}
+    """multimodal-classification: an encoder for each named channel of a row, instead of one model; `config_overrides` are then those of what joins them."""
     model_revision: str = "main"
     """Branch, tag or commit on the hub."""
     weights_sha256: str | None = None
@@ -58,10 +74,15 @@ class ModelConfig(Section):
 
     @model_validator(mode="after")
     def _one_origin(self) -> "ModelConfig":
-        if (self.model_name_or_path is None) == (self.model_type is None):
+        given = [self.model_name_or_path is not None, self.model_type is not None]
+        if self.channels and any(given):
+            raise ValueError("each channel names its own model: leave out that of the whole")
+        if not self.channels and given[0] == given[1] and not is_multimodal(self.task):
             raise ValueError(
                 "give exactly one of model_name_or_path (pretrained) and model_type (from scratch)"
             )
+        if problems := channel_problems(self.task, self.channels):
+            raise ValueError("; ".join(problems))
         named = self.processor_name_or_path or self.model_name_or_path
         if self.sampling_rate is not None and named is not None:
             raise ValueError(
@@ -91,6 +112,8 @@ class DataSource(Section):
     """Column with the image: encoded bytes, a path, or a data set's Image feature."""
     audio_column_name: str = "audio"
     """Column with the audio: encoded bytes, a path, or a data set's Audio feature."""
+    channel_column_names: dict[str, str] = {}
+    """Column of each channel (multimodal-classification); by default the one that has the channel's name, in an OOD set the one of the run's data."""
     label_column_name: str = "label"
     """Column with the label (classification)."""
     messages_column_name: str | None = None
@@ -176,88 +199,6 @@ class PeftConfig(BaseModel):
     """LORA, IA3, ADALORA, PROMPT_TUNING, ..."""
 
 
-class InsertConfig(Section):
-    """Dropout sites for models that have none there (Llama, Qwen, Gemma, Mistral; images)."""
-
-    embedding: RoleDropout | None = None
-    """After the token embedding."""
-    hidden: RoleDropout | None = None
-    """On the output of every attention and MLP block, before the residual sum."""
-    patch: RoleDropout | None = None
-    """On the embedded patches of an image, before positions are added: whole patches, unless a variant is given."""
-    head: RoleDropout | None = None
-    """On the last norm of an image model, which its classifier reads."""
-
-    @model_validator(mode="after")
-    def _rates(self) -> "InsertConfig":
-        if bare := [role for role, given in self if given is not None and given.rate is None]:
-            raise ValueError(f"an inserted site has no rate of its own: give {bare[0]} a rate")
-        return self
-
-
-class ConcreteConfig(Section):
-    """Concrete dropout, for roles with `learned: true`."""
-
-    learning_rate: Annotated[float, Field(gt=0)] = 0.01
-    """Of the logits of the rates; those of the weights are much too small for them."""
-    temperature: Annotated[float, Field(gt=0)] = 0.1
-    """Of the relaxed mask in training."""
-    length_scale: NonNegativeFloat = 1e-4
-    """Prior length scale l: weights cost l^2 / 2 |W|^2 / (1 - rate)."""
-
-
-class DropoutConfig(Section):
-    """Dropout by role: a rate, or a mapping such as `{rate: 0.1, variant: token, depth: linear}`.
-
-    A role left out keeps the model's own rate; 0 switches it off.
-    """
-
-    embedding: RoleDropout | None = None
-    attention: RoleDropout | None = None
-    """On attention probabilities; needs `attn_implementation: keyed` or `eager`, chosen by itself."""
-    hidden: RoleDropout | None = None
-    """On the outputs of attention and feed-forward blocks."""
-    activation: RoleDropout | None = None
-    """Inside feed-forward blocks."""
-    head: RoleDropout | None = None
-    """Before the classifier."""
-    adapter: RoleDropout | None = None
-    """Inside adapters (`lora_dropout`)."""
-    feature: RoleDropout | None = None
-    """On the projected features of audio (`feat_proj_dropout`)."""
-    layer: RoleDropout | None = None
-    """Whole layers left out (LayerDrop), one decision a step for all samples; in training and in Monte-Carlo passes."""
-    path: RoleDropout | None = None
-    """The path beside a residual connection dropped (stochastic depth, `DropPath`), one decision a sample; models with a rule by layer give it to the last one whole."""
-    spectrogram: RoleDropout | None = None
-    """Spans of time and of features masked in audio (SpecAugment): in training only."""
-    insert: InsertConfig = InsertConfig()
-    """Sites added to models that lack them."""
-    overrides: dict[str, Rate] = {}
-    """Rates by `site` or `site#call` pattern (`*` matches), such as `{"*.layer.11.*": 0.2}`; the last match wins. `site#layer` is a whole layer."""
-    domains: dict[str, dict[str, Rate]] = {}
-    """Rates by data domain and role, such as `{web: {hidden: 0.3}}`; needs `data.domain_column_name`."""
-    concrete: ConcreteConfig = ConcreteConfig()
-    """Settings of learned rates."""
-    strict: bool = True
-    """Randomness outside the plan is an error; false: a warning."""
-
-    def by_role(self) -> dict[str, RoleDropout]:
-        """What is given for the model's own sites, by role."""
-        given = {name: getattr(self, name) for name in type(self).model_fields}
-        return {role: value for role, value in given.items() if isinstance(value, RoleDropout)}
-
-    def rates(self) -> dict[str, float]:
-        """The rates given, by role."""
-        given = self.by_role().items()
-        return {role: value.rate for role, value in given if value.rate is not None}
-
-    def learns(self) -> bool:
-        """Whether any rate is learned."""
-        given = [*self.by_role().values(), self.insert.embedding, self.insert.hidden]
-        return any(role is not None and role.learned for role in given)
-
-
 class MemorisationConfig(Section):
     """Prompts from training rows: how many greedy continuations repeat the row, beside those of test rows."""
 
@@ -332,9 +273,14 @@ class RunConfig(Section):
     monitoring: MonitoringConfig = MonitoringConfig()
     wandb: WandbConfig = WandbConfig()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _columns_of_channels(cls, values: Any) -> Any:
+        return with_column_names(values)
+
     @model_validator(mode="after")
     def _pairs(self) -> "RunConfig":
-        problems = []
+        problems = _channel_pairs(self)
         if self.peft is not None and self.model.model_type is not None:
             problems.append(
                 "peft adapts pretrained weights: with model.model_type (from scratch) leave peft out"
@@ -360,6 +306,19 @@ class RunConfig(Section):
         if problems:
             raise ValueError("; ".join(problems))
         return self
+
+
+def _channel_pairs(config: RunConfig) -> list[str]:
+    """Rates and columns of channels that are there; nothing that mixes whole samples."""
+    channels, data = config.model.channels, config.data
+    sources = {"data": data} | {f"data.ood.{name}": one for name, one in data.ood.items()}
+    problems = rate_problems(config.dropout.modality, channels)
+    for place, source in sources.items():
+        problems += column_problems(place, source.channel_column_names, channels)
+    image = data.augmentation.image
+    if channels and (image.mixup_alpha or image.cutmix_alpha):
+        problems.append("data.augmentation.image mixes images and labels: not those of channels")
+    return problems
 
 
 def _conversation_problems(task: str, data: DataConfig) -> list[str]:

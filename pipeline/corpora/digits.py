@@ -30,7 +30,7 @@ def digits() -> "DatasetDict":
         train=_dataset(images[second:], labels[second:]),
         validation=_dataset(images[first:second], labels[first:second]),
         test=_dataset(images[:first], labels[:first]),
-        ood=_dataset(_patches(), [-1] * NUM_PATCHES),
+        ood=_dataset(patches(), [-1] * NUM_PATCHES),
     )
 
 
@@ -53,7 +53,7 @@ def png(pixels: "NDArray[np.uint8]") -> bytes:
     return buffer.getvalue()
 
 
-def _patches() -> "list[NDArray[np.uint8]]":
+def patches() -> "list[NDArray[np.uint8]]":
     """Parts of scikit-learn's two photographs, brought to the size of a digit."""
     from PIL import Image
     from sklearn.datasets import load_sample_images

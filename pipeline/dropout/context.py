@@ -23,13 +23,14 @@ from pipeline.dropout.jitter import open_jitter
 from pipeline.dropout.key import derive_keys, signed
 from pipeline.dropout.layer_drop import LAYER, open_layers, stacks_keep_layers
 from pipeline.dropout.masks import ActiveMasks, SiteCall, SiteMask
+from pipeline.dropout.modality import open_modality
 from pipeline.dropout.noise import NOISE, JitterMask, NoiseMask
 from pipeline.dropout.plan import DropoutPlan
 from pipeline.dropout.positions import StackInputs, fixes_positions
 from pipeline.dropout.residual import is_residual, open_residuals
 from pipeline.dropout.schedules import Limits, done_at, limits_at
 from pipeline.dropout.shards import Shards, shards_by_site
-from pipeline.dropout.sites import AUGMENTATION, JITTER
+from pipeline.dropout.sites import AUGMENTATION, JITTER, MODALITY
 from pipeline.dropout.spectrogram import (
     SPECTROGRAM,
     SpanMask,
@@ -83,6 +84,7 @@ class KeyedDropout:
             open_features(self._names if self._span_files else {}),
             open_jitter(self._names, self._draw, {s.site for s in plan.sites if s.door == JITTER}),
             open_residuals(self._names, self._draw),
+            open_modality(self._names, self._draw, {s.site for s in plan.in_force(MODALITY)}),
             self._watch_calls({site.site for site in plan.sites}),
             lambda: doors.unwrap_checkpointing(self._checkpointed),
         ]
@@ -208,6 +210,7 @@ class KeyedDropout:
         """The key of every site that is live in this purpose: one for all rows, or one a row."""
         spans = [key for key in self._live if key[0] in AUGMENTATION]
         masks = [key for key in self._live if key[0] not in AUGMENTATION]
+        masks = [k for k in masks if purpose == "train" or self._live[k].site.in_passes]
         found = self._keys_of(masks, purpose, index)
         if purpose == "train":  # augmentation: Monte-Carlo passes leave it out
             found |= self._keys_of(spans, "augment", index)

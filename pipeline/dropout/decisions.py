@@ -21,8 +21,25 @@ def dropped(keys: Tensor, row_ids: Tensor, rates: Tensor) -> Tensor:
         bool, of the shape of `row_ids` broadcast with the keys.
     """
     by_row = (-1, *[1] * (row_ids.dim() - 1))
-    words = philox_words(_unsigned(keys.reshape(by_row)), 0, 0, _unsigned(row_ids))
-    return torch.from_numpy(words[..., 0] / 2.0**32) < rates.cpu().reshape(by_row)
+    return _uniform(keys.reshape(by_row), row_ids) < rates.cpu().reshape(by_row)
+
+
+def masked_channels(keys: Tensor, row_ids: Tensor, rates: Tensor) -> Tensor:
+    """Which channel of each row is masked: one at most, each as often as its rate says.
+
+    Channel c is masked when p_0 + ... + p_{c-1} <= word 0 / 2**32 < p_0 + ... + p_c.
+
+    Args:
+        keys: int64 `[1]`, or `[B]` when rows belong to several passes.
+        row_ids: int64 `[B]`.
+        rates: p, float64 `[C]`, at most 1 together.
+
+    Returns:
+        bool `[B, C]`.
+    """
+    uniform, upper = _uniform(keys, row_ids)[:, None], rates.cumsum(0)
+    lower = torch.cat([upper.new_zeros(1), upper[:-1]])
+    return (uniform >= lower) & (uniform < upper)
 
 
 def dropped_steps(keys: Tensor, rates: Tensor) -> Tensor:
@@ -56,6 +73,12 @@ def over_rows(decisions: Tensor, x: Tensor) -> Tensor:
     if decisions.shape[0] > 1:
         decisions = decisions.repeat_interleave(x.shape[0] // decisions.shape[0], dim=0)
     return decisions.view(*decisions.shape, *[1] * (x.dim() - decisions.dim())).to(x.device)
+
+
+def _uniform(keys: Tensor, row_ids: Tensor) -> Tensor:
+    """Word 0 / 2**32 of every row, float64."""
+    words = philox_words(_unsigned(keys), 0, 0, _unsigned(row_ids))
+    return torch.from_numpy(words[..., 0] / 2.0**32)
 
 
 def _unsigned(values: Tensor) -> np.ndarray:

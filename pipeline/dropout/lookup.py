@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pipeline.dropout.concrete import saved_rates
-from pipeline.dropout.decisions import dropped
+from pipeline.dropout.decisions import dropped, masked_channels
 from pipeline.dropout.kernels import attention, rows
 from pipeline.dropout.key import STEP_ROW_ID, derive_key, row_id, signed
 from pipeline.dropout.philox import scale, threshold
@@ -53,6 +53,8 @@ def mask_of_run(
     found = _find(plan, site)
     if domain is not None:
         _require_domain(plan, domain)
+    if purpose == "mc" and not found.in_passes:
+        raise DropoutError(f"{found.label} draws in training only: give --purpose train.")
     rate = _rate(plan, found, index, purpose, domain)
     if found.learned:
         rate = _learned_rate(run, found, purpose)
@@ -61,10 +63,11 @@ def mask_of_run(
     return {
         **_coordinates(found, seed, purpose, index, sample),
         **({"domain": domain} if plan.domains else {}),
+        **({"channels": dict(found.channels)} if found.channels else {}),
         "rate": rate,
         "key": f"{key:016x}",
         "threshold": threshold(rate),
-        "scale": scale(threshold(rate)),
+        "scale": 1.0 if found.channels else scale(threshold(rate)),  # a channel is replaced
         "keep": keep.int().tolist(),
         "kept": int(keep.sum()),
     }
@@ -162,6 +165,9 @@ def _keep(site: Site, key: int, sample: int, rate: float) -> Tensor:
         )
     if variant.whole_step or site.layout == SHARED:
         sample_row = torch.tensor([[signed(STEP_ROW_ID)]])
+    if variant.kernel == "choice":
+        rates = torch.tensor([own for _, own in site.channels], dtype=torch.float64)
+        return ~masked_channels(key_row[0], sample_row[0], rates)[0]
     if variant.kernel == "scalar":
         return ~dropped(key_row[0], sample_row[0], torch.tensor([rate], dtype=torch.float64))
     if variant.kernel == "attention":

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pipeline.dropout.concrete import LearnedRates
-from pipeline.dropout.decisions import drop_paths, dropped, dropped_steps
+from pipeline.dropout.decisions import drop_paths, dropped, dropped_steps, masked_channels
 from pipeline.dropout.kernels import keyed_attention, keyed_rows
 from pipeline.dropout.key import STEP_ROW_ID, signed
 from pipeline.dropout.philox import NUM_LANES, scale, threshold
@@ -111,6 +111,8 @@ class SiteMask:
             )
         if self.variant.kernel == "scalar":
             return self._whole(active, key, x)
+        if self.variant.kernel == "choice":
+            return self._channels(active, key, x)
         is_attention = self.variant.kernel == "attention"
         return (self._attention if is_attention else self._rows)(active, key, x)
 
@@ -136,6 +138,11 @@ class SiteMask:
             is_dropped = dropped_steps(key, rates).expand(len(active.row_ids))
             return x.masked_fill(is_dropped.to(x.device), 0.0)
         return drop_paths(x, dropped(key, active.row_ids, rates), rates)
+
+    def _channels(self, active: ActiveMasks, key: Tensor, x: Tensor) -> Tensor:
+        """Modality dropout over ones [B, C]: 0 where a channel is masked; nothing is scaled."""
+        rates = torch.tensor([rate for _, rate in self.site.channels], dtype=torch.float64)
+        return x.masked_fill(masked_channels(key, active.row_ids, rates).to(x.device), 0.0)
 
     def rates(self, active: ActiveMasks) -> Tensor:
         """The rate in force, float64 `[1]` or `[B]`."""

@@ -19,6 +19,7 @@ from pipeline.dropout import doors
 from pipeline.dropout.attention import KEYED, uses_interface
 from pipeline.dropout.audit import Leak
 from pipeline.dropout.mixing import mixing_notes
+from pipeline.dropout.modality import modality_notes, with_channels
 from pipeline.dropout.neighbours import learning_problems, linear_neighbours, with_linears
 from pipeline.dropout.positions import is_stack
 from pipeline.dropout.rates import problems_of, with_rates
@@ -65,6 +66,7 @@ class DropoutPlan:
             (s.door, s.site, s.call, s.variant, s.rate)
             + ((s.block_size,) if s.block_size > 1 else ())
             + ((s.progress, s.gamma, s.domains, s.learned) if s.changes else ())
+            + ((s.channels, s.in_passes) if s.channels else ())
             for s in self.in_force()
         ]
         return hashlib.sha256(json.dumps(live).encode()).hexdigest()[:16]
@@ -75,7 +77,8 @@ class DropoutPlan:
 
     def in_passes(self) -> list[Site]:
         """The sites that draw in Monte-Carlo passes too: all but augmentation."""
-        return [site for site in self.in_force() if site.door not in AUGMENTATION]
+        live = [site for site in self.in_force() if site.door not in AUGMENTATION]
+        return [site for site in live if site.in_passes]
 
     @property
     def attn_implementation(self) -> str | None:
@@ -129,7 +132,7 @@ class DropoutPlan:
             state = "yes" if site.in_force else f"no: {site.reason}"
             name = site.label
             variant = f"{site.variant} {site.block_size}" * (site.variant == "block")
-            rate = f"{site.rate:g}" + f" ({site.changes})" * bool(site.changes)
+            rate = f"{site.rate:g}" + f" ({site.detail})" * bool(site.detail)
             is_keyed = site.role == "attention" and self.attention == KEYED
             door = "interface" if is_keyed and site.in_force else site.door
             rows.append((name, site.role, variant or site.variant, rate, door, state))
@@ -153,6 +156,7 @@ class Blueprint:
         insertable: modules by role (`embedding`, `hidden`) whose output can get an inserted site.
         attention_refusal: why attention dropout cannot be in force, or "".
         build_keyed: as `build`, with `attn_implementation: keyed`; None where eager was asked for.
+        channels: names of the model's channels, in its order; empty where it has one input.
     """
 
     build: Callable[[Mapping[str, float | None]], nn.Module]
@@ -163,6 +167,7 @@ class Blueprint:
     insertable: Callable[[nn.Module], dict[str, list[str]]]
     attention_refusal: str = ""
     build_keyed: Callable[[Mapping[str, float | None]], nn.Module] | None = None
+    channels: tuple[str, ...] = ()
 
 
 def make_plan(blueprint: Blueprint, config: DropoutConfig) -> DropoutPlan:
@@ -174,7 +179,8 @@ def make_plan(blueprint: Blueprint, config: DropoutConfig) -> DropoutPlan:
     """
     traces = _trace_thrice(blueprint, config)
     found = [_site_of(call, traces, blueprint) for call in traces.live_calls()]
-    sites = _with_neighbours(with_rates(found, config), traces, blueprint)
+    rated = with_channels(with_rates(found, config), config, blueprint.channels)
+    sites = _with_neighbours(rated, traces, blueprint)
     problems = problems_of(sites, traces.leaks, config, blueprint.attention_refusal)
     problems += learning_problems(sites)
     attention = _attention_door(sites, traces, blueprint)
@@ -199,7 +205,7 @@ _DOOR_NOTES = {
 
 def _door_notes(sites: Sequence[Site]) -> list[str]:
     live = {site.door for site in sites if site.in_force}
-    return [note for door, note in _DOOR_NOTES.items() if door in live]
+    return [note for door, note in _DOOR_NOTES.items() if door in live] + modality_notes(sites)
 
 
 def _attention_door(sites: Sequence[Site], traces: "_Traces", blueprint: Blueprint) -> str | None:

@@ -14,7 +14,7 @@ from pipeline.dropout.audit import Leak
 from pipeline.dropout.doors import INSERTED
 from pipeline.dropout.layer_drop import LAYER
 from pipeline.dropout.schedules import depth_share, layer_counts, layer_of
-from pipeline.dropout.sites import JITTER, ROLE_OF_DOOR, SAMPLE_FIRST, SHARED, Site
+from pipeline.dropout.sites import JITTER, MODALITY, ROLE_OF_DOOR, SAMPLE_FIRST, SHARED, Site
 
 
 def with_rates(sites: Sequence[Site], config: DropoutConfig) -> tuple[Site, ...]:
@@ -94,6 +94,8 @@ def problems_of(
 
 
 def _matches(pattern: str, site: Site) -> bool:
+    if site.door == MODALITY:  # its rates are by channel: one for all would say nothing
+        return False
     is_whole = "#" in pattern or site.door in (LAYER, JITTER)
     name = site.label if is_whole else site.site
     return fnmatch.fnmatchcase(name, pattern)
@@ -173,7 +175,7 @@ def _schedules_without_layers(sites: Sequence[Site], config: DropoutConfig) -> l
     return problems
 
 
-_FOR_ALL_SAMPLES = ("layer", "spectrogram", JITTER)
+_FOR_ALL_SAMPLES = ("layer", "spectrogram", JITTER, MODALITY)
 
 
 def _wrong_domains(sites: Sequence[Site], config: DropoutConfig) -> list[str]:
@@ -188,7 +190,7 @@ def _wrong_domains(sites: Sequence[Site], config: DropoutConfig) -> list[str]:
     together = sorted({s.role for s in sites if s.role in _FOR_ALL_SAMPLES and s.domains})
     unknown += [
         f"dropout.domains gives rates for {role}, but what it drops is decided for all samples of "
-        "a step, or by the model's own rate. Leave them out."
+        "a step, by channel, or by the model's own rate. Leave them out."
         for role in together
     ]
     learned = sorted({site.role for site in sites if site.learned and site.domains})

@@ -52,10 +52,11 @@ ROLE_OF_ATTRIBUTE = {
 }
 
 SAMPLE_FIRST, SHARED = "sample-first", "shared"
-JITTER = "jitter"
+JITTER, MODALITY = "jitter", "modality"
 AUGMENTATION = ("spectrogram", "noise", JITTER)
 """Doors that draw in training only, never in Monte-Carlo passes."""
-ROLE_OF_DOOR = {"layer": "layer", "path": "path", "spectrogram": "spectrogram", JITTER: JITTER}
+ROLE_OF_DOOR = {"layer": "layer", "path": "path", "spectrogram": "spectrogram"}
+ROLE_OF_DOOR |= {JITTER: JITTER, MODALITY: MODALITY}
 """Doors that let in one role only, which is also what they draw."""
 
 _EMBEDDING = re.compile(r"(^|\.)(embeddings?|embed_tokens|emb_dropout|wte|drop)(\.|$)")
@@ -77,7 +78,7 @@ class Site:
     call: int
     door: str
     """`module` (nn.Dropout), `functional` (nn.functional.dropout), `inserted`, `path`, `layer`,
-    `spectrogram`, `noise` or `jitter`."""
+    `spectrogram`, `noise`, `jitter` or `modality`."""
     role: str
     variant: str
     rate: float
@@ -103,6 +104,10 @@ class Site:
     """Whether `rate` is where a learned rate starts."""
     linears: tuple[str, ...] = ()
     """The linear layers next to a learned site, whose weights its regulariser counts."""
+    channels: tuple[tuple[str, float], ...] = ()
+    """Modality dropout: the rate of each channel, parts of one draw; `rate` is their sum."""
+    in_passes: bool = True
+    """Whether Monte-Carlo passes draw here too; augmentation never does."""
 
     @property
     def label(self) -> str:
@@ -123,14 +128,21 @@ class Site:
             shown.insert(0, self.progress)
         return ", ".join(["learned"] if self.learned else shown)
 
+    @property
+    def detail(self) -> str:
+        """The same for a reader, with the rates of channels."""
+        return self.changes or ", ".join(f"{name} {rate:g}" for name, rate in self.channels)
+
     def to_json(self) -> dict[str, Any]:
         lists = {"shape": list(self.shape), "linears": list(self.linears)}
-        return {**asdict(self), **lists, "domains": dict(self.domains)}
+        tables = {"domains": dict(self.domains), "channels": dict(self.channels)}
+        return {**asdict(self), **lists, **tables}
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> "Site":
         tuples = {name: tuple(data.get(name, ())) for name in ("shape", "linears")}
-        return Site(**{**data, **tuples, "domains": tuple(data.get("domains", {}).items())})
+        tables = {name: tuple(data.get(name, {}).items()) for name in ("domains", "channels")}
+        return Site(**{**data, **tuples, **tables})
 
 
 def role_of(

@@ -18,6 +18,7 @@ from pipeline.dropout.attention import open_attention
 from pipeline.dropout.audit import Leak, audited
 from pipeline.dropout.jitter import open_jitter
 from pipeline.dropout.layer_drop import LAYER, stacks_keep_layers
+from pipeline.dropout.modality import open_modality
 from pipeline.dropout.residual import open_residuals
 from pipeline.dropout.spectrogram import (
     SPECTROGRAM,
@@ -87,6 +88,7 @@ def opened(names: dict[nn.Module, str], inserted: set[str], record: doors.Draw) 
         doors.open_inserted(names, inserted, record),
         open_jitter(names, record),
         open_residuals(names, record),
+        open_modality(names, record),
     ]
     try:
         with (

@@ -17,6 +17,7 @@ class Variant:
     Args:
         name: its name in the key and in configurations.
         kernel: `rows` and `attention` mask tensors, `scalar` makes one decision by `uniform`,
+            `choice` one for all channels of a sample,
             `spans` chooses spans of an axis, `noise` adds and drops nothing.
         group: number of neighbouring features under one decision, from (features, block size).
         needs_block_size: the group is a choice.
@@ -25,7 +26,7 @@ class Variant:
     """
 
     name: str
-    kernel: Literal["rows", "attention", "scalar", "spans", "noise"] = "rows"
+    kernel: Literal["rows", "attention", "scalar", "choice", "spans", "noise"] = "rows"
     group: Callable[[int, int], int] = lambda features, block_size: 1
     needs_block_size: bool = False
     shared_position: bool = False
@@ -62,6 +63,7 @@ for _variant in (
     Variant("attention", kernel="attention"),
     Variant("path", kernel="scalar"),
     Variant("layer", kernel="scalar", whole_step=True),
+    Variant("modality", kernel="choice"),
     Variant("spectrogram", kernel="spans"),
     Variant("noise", kernel="noise"),
     Variant("jitter", kernel="noise"),

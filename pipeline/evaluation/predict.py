@@ -5,7 +5,7 @@ changes no bit of it. The main process gets all results, in the order of the row
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -87,7 +87,7 @@ class Predictor:
             processes.
         """
         parts, order = [], []
-        for places, batch in self._batches(rows, batches):
+        for places, batch in self.own_batches(rows, batches):
             plain = self._timed_plain(batch)
             parts.append(self._predicted(batch, plain, self._passes(batch, plain)))
             order.extend(places)
@@ -103,8 +103,8 @@ class Predictor:
         On the main process; on the others both are empty.
         """
         found, labels, order = [], [], []
-        for places, batch in self._batches(rows):
-            found.append(self._plain(_inputs(batch)).features)
+        for places, batch in self.own_batches(rows):
+            found.append(self._plain(model_inputs(batch)).features)
             labels.append(class_labels(batch) if self.has_classes else no_labels(batch))
             order.extend(places)
         every = parallel.to_main((found, labels, order))
@@ -122,9 +122,10 @@ class Predictor:
             max(clock.seconds for clock in clocks),
         )
 
-    def _batches(
+    def own_batches(
         self, rows: "Dataset", batches: Batches | None = None
     ) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
+        """The batches that this process runs, with the places of their rows, on its device."""
         every = self.batches_of(rows) if batches is None else batches
         # Whole batches, not rows, are shared out: each has the shape that one process would run.
         for places in every[parallel.rank() :: parallel.world_size()]:
@@ -133,7 +134,7 @@ class Predictor:
 
     def _timed_plain(self, batch: dict[str, Tensor]) -> PlainPass:
         started = time.perf_counter()
-        plain = self._plain(_inputs(batch))
+        plain = self._plain(model_inputs(batch))
         self.clock.deterministic_seconds += time.perf_counter() - started
         return plain
 
@@ -148,7 +149,7 @@ class Predictor:
 
     def _passes(self, batch: dict[str, Tensor], plain: PlainPass) -> Iterator[Tensor]:
         passes = self.monte_carlo.passes(
-            _inputs(batch), batch["sample_id"], plain.body_output, batch.get("domain")
+            model_inputs(batch), batch["sample_id"], plain.body_output, batch.get("domain")
         )
         while True:
             started = time.perf_counter()
@@ -159,7 +160,8 @@ class Predictor:
             yield logits
 
 
-def _inputs(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+def model_inputs(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What the model takes of a batch."""
     aside = ("labels", "sample_id", "domain")
     return {name: value for name, value in batch.items() if name not in aside}
 

@@ -22,7 +22,7 @@ from pipeline.evaluation.judge import ENTROPIES, Prediction, Scores
 from pipeline.evaluation.ood.registry import CLASS_SOURCES, SCORES, TOKEN_SOURCES
 from pipeline.evaluation.predict_classes import ClassPrediction
 from pipeline.evaluation.predict_tokens import TokenPrediction
-from pipeline.modality.bundle import MODALITIES, LabelNames, modality_of
+from pipeline.modality.bundle import LabelNames, Modality, modality_of
 from pipeline.modality.images import thumbnail
 from pipeline.records import write_bytes
 
@@ -86,9 +86,9 @@ def scored_table(
     return pa.table(columns)
 
 
-def scored_names(task: str, has_classes: bool) -> set[str]:
+def scored_names(modality: Modality, has_classes: bool) -> set[str]:
     """Columns of scored rows, before there are any."""
-    described = MODALITIES[task].described_names
+    described = modality.described_names
     columns = CLASS_COLUMNS if has_classes else TOKEN_COLUMNS
     sources = CLASS_SOURCES if has_classes else TOKEN_SOURCES
     scores = {name for name, score in SCORES.items() if sources & set(score.sources)}
@@ -97,13 +97,18 @@ def scored_names(task: str, has_classes: bool) -> set[str]:
 
 def samples_of(split: str, scored: pa.Table) -> pa.Table:
     """The rows of one split of samples.parquet: `test`, or `ood:<name>`."""
-    table = scored.drop_columns([n for n in _NOT_IN_SAMPLES if n in scored.column_names])
+    table = scored.drop_columns([n for n in scored.column_names if _stays_out(scored, n)])
     place = table.column_names.index("text")
     excerpt = pc.utf8_slice_codeunits(table["text"], 0, EXCERPT_CHARACTERS)
     table = table.set_column(place, "text", excerpt)
     if "image" in scored.column_names:
         table = table.append_column("thumbnail", _thumbnails(scored))
     return table.add_column(1, "split", pa.array([split] * len(table), pa.string()))
+
+
+def _stays_out(scored: pa.Table, name: str) -> bool:
+    """What is large, and files of channels, whatever they are called."""
+    return name in _NOT_IN_SAMPLES or pa.types.is_struct(scored[name].type)
 
 
 def _thumbnails(scored: pa.Table) -> pa.Array:

@@ -192,7 +192,10 @@ def _prepared_again(table: pa.Table, config: RunConfig, scorer: _Scorer) -> "Dat
         by_tokens = table.select([name for name in made if name in table.column_names])
         return Dataset.from_dict(by_tokens.to_pydict())
     wanted = modality_of(config).inputs(config.data)
-    names = {key.removesuffix("_column_name"): column for key, column in wanted.items()}
+    names = {
+        key.removesuffix("_column_name").removeprefix("channel_column_names."): column
+        for key, column in wanted.items()
+    }
     names |= {"label": config.data.label_column_name, "text": config.data.text_column_name}
     kept = [name for name in (*names, "sample_id") if name in table.column_names]
     columns = {names.get(name, name): table[name].to_pylist() for name in kept}
@@ -225,7 +228,7 @@ def _require_output(output: Path, inputs: Sequence[Path]) -> None:
 
 
 def _require_free_names(rows: "Dataset", config: RunConfig, label_names: LabelNames) -> None:
-    taken = scored_names(modality_of(config).task, label_names is not None)
+    taken = scored_names(modality_of(config), label_names is not None)
     if double := [name for name in own_columns(rows, config) if name in taken]:
         raise DataError(
             f"The inputs have columns that scored rows have too: {', '.join(double)}. Rename "

@@ -22,6 +22,7 @@ from pipeline.dropout.kernels import active_kernel
 from pipeline.dropout.plan import DropoutPlan
 from pipeline.errors import DataError
 from pipeline.evaluation import judge
+from pipeline.evaluation.channels import channels_of_test, logits_without
 from pipeline.evaluation.fitted import Fitted, write_fitted
 from pipeline.evaluation.generation import Generator
 from pipeline.evaluation.inputs import carried_columns
@@ -43,7 +44,7 @@ from pipeline.evaluation.samples import (
 from pipeline.evaluation.sequences import Row, SequenceJudge, sequence_section
 from pipeline.evaluation.verdict import verdict
 from pipeline.exhibits import Exhibit, Table
-from pipeline.modality.bundle import kept_rows
+from pipeline.modality.bundle import kept_rows, modality_of
 from pipeline.records import RunFolder, read_jsonl, write_json
 from pipeline.tracking import open_tracker
 from pipeline.trained import model_version, require_same_labels, trained_processor
@@ -88,12 +89,15 @@ def _evaluate(
     predictions = _predict(opened.predictor, opened.data, say)
     to_fit, clock = opened.predictor.features(fit_rows), opened.predictor.slowest_clock()
     said = _sequences(opened, config, say)
+    channels = modality_of(config).channels
+    without = logits_without(opened.predictor, opened.data.test, channels)
     report = None
     if parallel.is_main():
         detectors = _fit(to_fit, opened.predictor.has_classes, config)
         scores = _scores(opened, predictions, detectors)
         report = _report(config, opened.data, opened.predictor, clock, predictions, scores)
         report |= _memorisation(opened, config, say)
+        report |= channels_of_test(predictions["test"], without, config)
         if config.evaluation.generation is not None:
             report["generation"] = sequence_section(said, config.evaluation.generation)
         fitted = Fitted(model_version(run), detectors, report["calibration"].get("temperature"))
@@ -338,6 +342,8 @@ def headline_numbers(report: Mapping[str, Any]) -> dict[str, float]:
             numbers[f"calibration/{name}"] = section
     for name, value in report["uncertainty"]["means"].items():
         numbers[f"uncertainty/{name}"] = value
+    for name, part in report.get("channels", {}).get("without", {}).items():
+        numbers[f"eval/without_{name}_accuracy"] = part["accuracy"]
     for name in ("train", "control", "canaries"):
         if name in report.get("memorisation", {}):
             numbers[f"eval/memorised_{name}"] = report["memorisation"][name]["share"]

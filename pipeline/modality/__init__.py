@@ -1,6 +1,6 @@
 """Everything that differs by modality, one bundle a task; importing this registers them all."""
 
-from pipeline.modality import chat, language, speech, vision
+from pipeline.modality import chat, language, multimodal, speech, vision
 from pipeline.modality.bundle import MODALITIES, Modality
 
-__all__ = ["MODALITIES", "Modality", "chat", "language", "speech", "vision"]
+__all__ = ["MODALITIES", "Modality", "chat", "language", "multimodal", "speech", "vision"]

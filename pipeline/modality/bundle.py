@@ -118,6 +118,10 @@ class Modality:
         Callable[[Any, RunConfig], Callable[[list[dict[str, Any]]], dict[str, "Tensor"]]] | None
     ) = None
     """Rows of prompts to one batch that `generate` takes: without labels, padded on the left."""
+    channels: tuple[str, ...] = ()
+    """Names of the channels of a row, in the model's order; none where a row has one input."""
+    of_run: Callable[["Modality", RunConfig], "Modality"] = lambda modality, config: modality
+    """The bundle for one run, where what rows hold follows from the run's model."""
 
 
 MODALITIES: dict[str, Modality] = {}
@@ -136,7 +140,8 @@ def register(modality: Modality) -> Modality:
 
 def modality_of(config: RunConfig) -> Modality:
     """The bundle of a run: that of its task, or of conversations where its rows are such."""
-    return MODALITIES[CONVERSATIONS if config.data.is_conversation else config.model.task]
+    found = MODALITIES[CONVERSATIONS if config.data.is_conversation else config.model.task]
+    return found.of_run(found, config)
 
 
 def chosen(num_samples: int, max_samples: int | None) -> list[int] | None:

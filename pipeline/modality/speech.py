@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 AUDIO = "audio"
+CLIP_COLUMNS = ("text", "audio", "seconds", "rms_db")
 
 
 def prepare_clips(
@@ -136,7 +137,7 @@ AUDIO_CLASSIFICATION = register(
         lengths=clip_lengths,
         judge=judge_clip,
         described=described_clips,
-        described_names=("text", "audio", "seconds", "rms_db"),
+        described_names=CLIP_COLUMNS,
         optional_inputs=lambda source: (source.text_column_name,),
         loss=losses.classification_loss,
         eval_sums=losses.classification_sums,

@@ -1,6 +1,6 @@
 """Vision: image-classification. Images are decoded and varied as batches are made."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 IMAGE = "image"
+IMAGE_COLUMNS = ("text", "image", "width", "height", "brightness")
 
 
 def prepare_images(
@@ -108,7 +109,12 @@ def described_images(rows: "Dataset", processor: Any) -> "dict[str, pa.Array]":
     }
 
 
-def _example(
+def judge_image(row: Mapping[str, Any], config: RunConfig) -> Any:
+    """The image, decoded; refused when it is broken or too large."""
+    return decode_image(row[IMAGE])
+
+
+def image_example(
     hf_config: "PreTrainedConfig", batch_size: int, length: int, device: str
 ) -> dict[str, Tensor]:
     size = getattr(hf_config, "image_size", None) or 32
@@ -132,11 +138,11 @@ IMAGE_CLASSIFICATION = register(
         fit=fit_image_size,
         prepare=prepare_images,
         collator=collator,
-        example=_example,
+        example=image_example,
         lengths=lambda rows: [1] * len(rows),
-        judge=lambda row, config: decode_image(row[IMAGE]),
+        judge=judge_image,
         described=described_images,
-        described_names=("text", "image", "width", "height", "brightness"),
+        described_names=IMAGE_COLUMNS,
         loss=losses.classification_loss,
         eval_sums=losses.classification_sums,
         eval_metrics=losses.classification_metrics,

@@ -30,6 +30,8 @@ FLOORS = {
     "pipeline.tracking": 1,
     "pipeline.dropout": 2,
     "pipeline.hub": 2,
+    "pipeline.encoders": 2,
+    "pipeline.fusion": 3,
     "pipeline.modality": 3,
     "pipeline.sources": 4,
     "pipeline.corpora": 4,

@@ -129,12 +129,32 @@ def audio_classification(folder: Path) -> dict[str, Any]:
     return {"model": model, "data": data, "dropout": dropout}
 
 
+def multimodal_classification(folder: Path) -> dict[str, Any]:
+    def row(number: int, split: str) -> dict[str, Any]:
+        pixels = np.random.default_rng(number).integers(0, 255, (8, 8))
+        file = io.BytesIO()
+        Picture.fromarray(pixels.astype(np.uint8)).save(file, "PNG")
+        photo = {"bytes": file.getvalue(), "path": None}
+        return {"photo": photo, "caption": worded(number, split), "label": "abc"[number % 3]}
+
+    save(folder, row, photo=Image(decode=False))
+    text = {"model_type": "bert", "config_overrides": BERT, "tokenizer_vocab_size": 300}
+    channels = {
+        "text": {"modality": "text", **text},
+        "photo": {"modality": "image", "model_type": "vit", "config_overrides": VIT},
+    }
+    dropout = {"modality": {"text": 0.3, "photo": 0.3}, "hidden": 0.2, "attention": 0.2}
+    data = {"max_length": 48, "channel_column_names": {"text": "caption"}}
+    return {"model": {"channels": channels}, "data": data, "dropout": dropout}
+
+
 CASES: dict[str, Callable[[Path], dict[str, Any]]] = {
     "text-classification": text_classification,
     "text-generation": text_generation,
     "conversations": conversations,
     "image-classification": image_classification,
     "audio-classification": audio_classification,
+    "multimodal-classification": multimodal_classification,
 }
 
 

@@ -18,6 +18,7 @@ from pipeline.errors import InputError
 from pipeline.evaluation.samples import scored_names
 from pipeline.evaluation.score import rescore, score
 from pipeline.evaluation.stage import evaluate
+from pipeline.modality import MODALITIES
 from pipeline.modality.bundle import modality_of
 from pipeline.model import build_model, plan_for
 from pipeline.packing import packed
@@ -145,7 +146,7 @@ def test_scoring_gives_what_the_evaluation_gave_without_the_templates_file(finis
     test_file = config.data.data_files["test"]
     table = score(run, config, [test_file], tmp_path / "scored.parquet")
     assert table.equals(reference, check_metadata=True)
-    assert {*table.column_names} == {*scored_names("conversations", False), "channel"}
+    assert {*table.column_names} == {*scored_names(MODALITIES["conversations"], False), "channel"}
     assert set(table["channel"].to_pylist()) == {"web"}
     again = rescore(run, config, table, [5, 1])
     columns = [name for name in again.column_names if name in table.column_names]

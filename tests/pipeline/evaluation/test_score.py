@@ -15,6 +15,7 @@ from pipeline.evaluation import score as scoring
 from pipeline.evaluation.fitted import fitted_file
 from pipeline.evaluation.samples import scored_names
 from pipeline.evaluation.score import as_scored, rescore, score
+from pipeline.modality.bundle import modality_of
 from pipeline.records import RunFolder, write_json
 from pipeline.trained import model_version
 
@@ -67,7 +68,7 @@ def test_scoring_the_test_rows_gives_what_the_evaluation_gave(evaluated, tmp_pat
 
 def test_scored_rows_have_their_columns_and_say_where_they_come_from(evaluated):
     table, has_classes = evaluated.reference, "label" in evaluated.reference.column_names
-    assert set(own(table).column_names) == scored_names(evaluated.config.model.task, has_classes)
+    assert set(own(table).column_names) == scored_names(modality_of(evaluated.config), has_classes)
     about = json.loads(table.schema.metadata[b"masklock"])
     assert about["schema"] == "masklock-scored-v1"
     assert about["model_version"] == model_version(evaluated.run)
