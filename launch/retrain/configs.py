@@ -27,7 +27,8 @@ def challenger_config(
     changed["data"] |= _rows_of(data)
     model = changed["model"]
     if model["model_name_or_path"] is None and model["tokenizer_name_or_path"] is None:
-        model["tokenizer_name_or_path"] = str(champion)
+        name_of = "processor_name_or_path" if model["channels"] else "tokenizer_name_or_path"
+        model[name_of] = str(champion)
     if start is not None:
         model |= {
             "model_name_or_path": str(start),

@@ -188,6 +188,38 @@ def test_pretrained_encoders_keep_their_weights(make_config, tmp_path):
     assert all(torch.equal(value, expected[name]) for name, value in found.items())
 
 
+def saved_encoders(folder, config, data, processor) -> dict:
+    """The encoders of a run from scratch with their processors, and channels that name them."""
+    from transformers import AutoModel
+
+    hf_config = plan_model_config(config, data, processor)
+    channels = {}
+    for name, channel in CHANNELS.items():
+        AutoModel.from_config(hf_config.of_channel(name)).save_pretrained(folder / name)
+        processor.parts[name].save_pretrained(folder / name)
+        place = str(folder / name)
+        channels[name] = {"modality": channel["modality"], "model_name_or_path": place}
+    return channels
+
+
+def test_an_adapter_trains_what_joins_the_channels_too(make_config, tmp_path):
+    plain = make_config()
+    _, processor, data = opened(plain)
+    channels = saved_encoders(tmp_path, plain, data, processor)
+    given = make_config(channels).model_dump()
+    given["peft"] = {"target_modules": ["query", "value"], "r": 2}
+    config = RunConfig.model_validate(given)
+    plan = plan_for(config, data.label_names, processor)
+    model = build_model(config, data.label_names, plan, processor)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    parts = {"lora" if "lora_" in n else "fusion" if ".fusion." in n else n for n in trained}
+    assert parts == {"lora", "fusion"}
+    assert "fusion.modality" in {site.site for site in plan.in_force()}
+    given["model"]["channels"] = CHANNELS
+    with pytest.raises(ValidationError, match="peft adapts pretrained weights"):
+        RunConfig.model_validate(given)
+
+
 def plan_model_config(config, data, processor):
     from pipeline.model_config import model_config
 
