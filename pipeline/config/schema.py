@@ -281,7 +281,7 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _pairs(self) -> "RunConfig":
         problems = _channel_pairs(self)
-        origins = [self.model, *self.model.channels.values()]
+        origins: list[ModelConfig | ChannelConfig] = [self.model, *self.model.channels.values()]
         if self.peft is not None and any(one.model_type is not None for one in origins):
             problems.append(
                 "peft adapts pretrained weights: with model.model_type (from scratch) leave peft out"
