@@ -23,18 +23,18 @@ def _row(title: str, part: Mapping[str, Any], rate: Any) -> dict[str, Any]:
     return {
         "title": title,
         "rate": rate,
-        **{name: part.get(name) for name in ("accuracy", "accuracy_interval", "f1", "loss")},
-        "accuracy_change": _signed(change.get("accuracy"), 100, 1, " points"),
-        "loss_change": _signed(change.get("loss"), 1, 3, ""),
+        **{name: part.get(name) for name in ("accuracy", "accuracy_interval", "loss")},
+        "accuracy_change": _signed(change.get("accuracy"), 100, 1),
+        "loss_change": _signed(change.get("loss"), 1, 3),
     }
 
 
-def _signed(change: Any, factor: float, digits: int, unit: str) -> tuple[str, str]:
+def _signed(change: Any, factor: float, digits: int) -> tuple[str, str]:
     """A change with its sign, and its interval; empty where there is none."""
     if not isinstance(change, dict) or not is_number(change.get("estimate")):
         return "", ""
     lower, upper = (f"{factor * end:+.{digits}f}" for end in change["interval"])
-    return f"{factor * change['estimate']:+.{digits}f}{unit}", f"{lower} to {upper}"
+    return f"{factor * change['estimate']:+.{digits}f}", f"{lower} to {upper}"
 
 
 def _verdict(without: Mapping[str, Any]) -> str:

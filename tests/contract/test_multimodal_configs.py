@@ -111,7 +111,7 @@ def test_a_run_trains_is_judged_reported_and_scored_again(stand_ins, tmp_path):
     assert set(report["ood"]) == {"photographs", "other_names"}
     page = write_report(run).read_text()
     assert "Without image" in page
-    assert "Masked in training" in page
+    assert "how often in training" in page
     found = mask_of_run(run, config.seed, 2, "fusion.modality", 17, "train")
     assert found["channels"] == {"image": 0.15, "text": 0.3}
     assert found["kept"] >= 1
