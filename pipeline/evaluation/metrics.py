@@ -1,4 +1,4 @@
-"""Quality metrics: local `evaluate.Metric` classes over scikit-learn. No hub, no network.
+"""Quality metrics: local `evaluate.Metric` classes over scikit-learn, jiwer. No hub, no network.
 
 Never `evaluate.load(...)`: it downloads a script, and breaks where `import evaluate, datasets`
 stand on one line. Use `compute_metric`, on the main process, after gathering, with each sample
@@ -15,8 +15,10 @@ from numpy.typing import ArrayLike
 from sklearn.metrics import accuracy_score, f1_score
 
 from pipeline.evaluation.calibration import expected_calibration_error
+from pipeline.evaluation.transcripts import character_edits, word_edits
 
 _CLASSES = Features({"predictions": Value("int64"), "references": Value("int64")})
+_TEXTS = Features({"predictions": Value("string"), "references": Value("string")})
 
 
 def _describe(description: str, inputs: str, features: Features) -> evaluate.MetricInfo:
@@ -85,11 +87,33 @@ class CalibrationError(evaluate.Metric):
         return {"ece": expected_calibration_error(p.max(axis=1), correct, num_bins)}
 
 
+class WordErrorRate(evaluate.Metric):
+    """{"wer"}: word edits of all transcripts over the words of all references (jiwer)."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        return _describe("Word error rate.", "Transcripts.", _TEXTS)
+
+    def _compute(self, predictions: list[str], references: list[str]) -> dict[str, float]:
+        return {"wer": word_edits(predictions, references).rate}
+
+
+class CharacterErrorRate(evaluate.Metric):
+    """{"cer"}: the same over characters, blanks inside included."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        return _describe("Character error rate.", "Transcripts.", _TEXTS)
+
+    def _compute(self, predictions: list[str], references: list[str]) -> dict[str, float]:
+        return {"cer": character_edits(predictions, references).rate}
+
+
 METRICS: dict[str, type[evaluate.Metric]] = {
     "accuracy": Accuracy,
     "f1": F1,
     "perplexity": Perplexity,
     "ece": CalibrationError,
+    "wer": WordErrorRate,
+    "cer": CharacterErrorRate,
 }
 
 

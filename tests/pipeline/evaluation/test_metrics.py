@@ -14,7 +14,7 @@ REFERENCES, PREDICTIONS = RNG.integers(0, 5, 200), RNG.integers(0, 5, 200)
 
 
 def test_every_metric_is_a_local_evaluate_metric():
-    assert set(METRICS) == {"accuracy", "f1", "perplexity", "ece"}
+    assert set(METRICS) == {"accuracy", "f1", "perplexity", "ece", "wer", "cer"}
     assert all(issubclass(metric, evaluate.Metric) for metric in METRICS.values())
 
 
