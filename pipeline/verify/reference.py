@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import get_scheduler
+from transformers import PreTrainedModel, get_scheduler
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.trainer_pt_utils import get_parameter_names
 
 from pipeline.config.schema import RunConfig
@@ -112,12 +113,17 @@ def divergence(views: list[Tensor], row: dict) -> Tensor:
 
 
 def with_inputs(row: dict, collate: Callable[[list[dict]], dict[str, Tensor]]) -> dict:
-    """A row that is a file: what the model takes of it alone, which needs no padding."""
+    """A row that is a file: what the model takes of it alone, which needs no padding.
+
+    Where it is mixed with a partner, `mixed_labels` (1, 3): own class, partner's, own share.
+    """
     if "input_ids" in row:
         return row
     batch = collate([row])
     own = {name: row[name] for name in ("sample_id", "labels", "domain") if name in row}
-    return {**own, INPUTS: {n: v for n, v in batch.items() if n not in (*own, "mask_step")}}
+    mixed = {"mixed_labels": batch["labels"]} if "partner" in row else {}
+    inputs = {n: v for n, v in batch.items() if n not in (*own, "mask_step")}
+    return {**own, **mixed, INPUTS: inputs}
 
 
 def inputs_of(row: dict, device: torch.device) -> dict[str, Tensor]:
@@ -143,7 +149,12 @@ def predicting(row: dict) -> list[int]:
 
 
 def summed_loss(logits: Tensor, row: dict, smoothing: float = 0.0) -> Tensor:
-    """Cross entropy of the label, or of every token that is learned."""
+    """Cross entropy of the label (of both, by their shares), or of every token that is learned."""
+    if "mixed_labels" in row:
+        own, other, share = row["mixed_labels"][0].tolist()
+        parts = ((share, own), (1 - share, other))
+        of_both = [part * summed_loss(logits, {"labels": int(c)}, smoothing) for part, c in parts]
+        return of_both[0] + of_both[1]
     if "labels" in row:
         scores, targets = logits, torch.tensor([row["labels"]])
     else:
@@ -188,7 +199,7 @@ def scheduler(
 
 
 def trained_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Weights as the run would save them: of the adapter, or all."""
+    """Weights as the run would save them: of the adapter, or all, by the names of saved files."""
     if hasattr(model, "peft_config"):
         from peft import get_peft_model_state_dict
 
@@ -196,7 +207,10 @@ def trained_weights(model: nn.Module) -> dict[str, Tensor]:
     copies: dict[Tensor, Tensor] = {}  # tied weights stay one tensor
     for value in model.state_dict(keep_vars=True).values():
         copies.setdefault(value, value.detach().cpu().clone())
-    return {name: copies[value] for name, value in model.state_dict(keep_vars=True).items()}
+    weights = {name: copies[value] for name, value in model.state_dict(keep_vars=True).items()}
+    if isinstance(model, PreTrainedModel):  # some modules have other names than their weights
+        weights = revert_weight_conversion(model, weights)
+    return weights
 
 
 def saved_weights(folder: Path) -> dict[str, Tensor]:

@@ -44,6 +44,8 @@ class StopAfter(TrainerCallback):
 def padded(collate: Collate, width: int, limit: int | None) -> Collate:
     """The same batches with more padding positions, masked out, behind every row.
 
+    Batches without tokens, of images and sounds, stay as they are.
+
     Args:
         collate: what makes a batch.
         width: positions to add.
@@ -52,6 +54,8 @@ def padded(collate: Collate, width: int, limit: int | None) -> Collate:
 
     def wider(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
         batch = collate(rows)
+        if "input_ids" not in batch:
+            return batch
         room = width if limit is None else limit - batch["input_ids"].shape[1]
         more = max(0, min(width, room))
         return {
