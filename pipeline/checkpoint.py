@@ -7,8 +7,13 @@ import errno
 import json
 import re
 import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from transformers import PreTrainedModel
 
 from pipeline.errors import CheckpointError, RunFolderError
 from pipeline.records import flush, sha256_of_file, write_json
@@ -166,3 +171,35 @@ def _files(checkpoint: Path) -> list[Path]:
 
 def _megabytes(count: int) -> str:
     return f"{count / 1e6:,.0f} MB"
+
+
+@contextmanager
+def module_names(model: Any, unless: bool = False) -> Iterator[None]:
+    """For a while `save_pretrained` names weights as the model's modules do.
+
+    Some architectures (ViT) are saved under the older names of their files; the Trainer, which goes
+    on by `load_state_dict`, would find none of those.
+    """
+    if unless or not isinstance(model, PreTrainedModel):  # an adapter is named as it is loaded
+        yield
+        return
+    save = partial(model.save_pretrained, save_original_format=False)
+    vars(model)["save_pretrained"] = save
+    try:
+        yield
+    finally:
+        del vars(model)["save_pretrained"]
+
+
+def require_all_found(unexpected: Sequence[str]) -> None:
+    """Refuse a checkpoint with weights that the model does not have.
+
+    Raises:
+        RunFolderError: with some of their names.
+    """
+    if unexpected:
+        raise RunFolderError(
+            f"The checkpoint holds {len(unexpected)} weights that this model does not have, such "
+            f"as {', '.join(sorted(unexpected)[:3])}: it was written by another version of "
+            "transformers or of Masklock. Going on would begin those anew: choose another name."
+        )

@@ -55,6 +55,7 @@ TOUCH_POINTS = {
     "_determine_best_metric": ("self", "metrics", "trial"),
     "_load_from_checkpoint": ("self", "resume_from_checkpoint", "model"),
     "_load_best_model": ("self",),
+    "_issue_warnings_after_load": ("self", "load_result"),
 }
 
 
@@ -99,7 +100,7 @@ class LockedTrainer(Trainer):
         # The loss is ours: the model neither computes one nor needs the number of items.
         self.model_accepts_loss_kwargs = False
         self.remove_callback(PrinterCallback)
-        self._is_plan_proved = False
+        self._is_plan_proved = self._is_exporting = False
         self.is_only_loaded = False
         self._step = 0
         self._sample_ids = torch.empty(0, dtype=torch.int64)
@@ -247,7 +248,7 @@ class LockedTrainer(Trainer):
 
     def _save(self, output_dir=None, state_dict=None):
         """Weights without the pickle of the arguments: nothing here needs unpickling to be read."""
-        with without_bars():
+        with without_bars(), checkpoint.module_names(self.model, unless=self._is_exporting):
             super()._save(output_dir, state_dict)
         if self.args.should_save and self.objective.rates is not None:
             self.objective.rates.save(Path(output_dir or self.run.path))
@@ -294,7 +295,11 @@ class LockedTrainer(Trainer):
         """Write the weights in Hugging Face format, configured as the model came."""
         if self._use_cache is not None:
             self.model.config.use_cache = self._use_cache  # the Trainer switched it off
-        self.save_model(str(folder))
+        self._is_exporting = True
+        try:
+            self.save_model(str(folder))
+        finally:
+            self._is_exporting = False
 
     # -- going on --------------------------------------------------------------------------------
 
@@ -336,6 +341,11 @@ class LockedTrainer(Trainer):
         """Under FSDP nothing: the weights were loaded before they were sharded."""
         if not self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _issue_warnings_after_load(self, load_result):
+        """What a checkpoint holds must find its place: the Trainer would go on without it."""
+        checkpoint.require_all_found(load_result.unexpected_keys)
+        super()._issue_warnings_after_load(load_result)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         """The optimizer's state where engines share it, and the schedule."""

@@ -5,6 +5,7 @@ the disk, passes that differ by dropout alone, out-of-distribution scores, profi
 """
 
 import io
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ import soundfile
 import torch
 from datasets import Audio, Dataset, DatasetDict, Features, Image, Value
 from PIL import Image as Picture
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from monitoring.profile import save_profile
@@ -313,6 +315,19 @@ def test_a_run_goes_from_rows_to_scores_profile_and_report(run):
     assert report["uncertainty"]["means"]["mutual_information"] > 0
     assert any(folder.profile.iterdir())
     assert write_report(folder).read_text().lstrip().startswith("<!doctype html>")
+
+
+def test_a_run_that_goes_on_ends_where_one_that_never_stopped_did(config):
+    train_config = config.train.model_copy(update={"save_steps": 2})
+    again = config.model_copy(update={"name": "going-on", "train": train_config})
+    folder = RunFolder(Path(config.output_dir) / "going-on")
+    assert train(again) == 0
+    expected = load_file(folder.model / "model.safetensors")
+    shutil.rmtree(folder.model)
+    shutil.rmtree(folder.checkpoint(3))
+    assert train(again) == 0
+    for name, weight in load_file(folder.model / "model.safetensors").items():
+        torch.testing.assert_close(weight, expected[name], rtol=0, atol=1e-6, msg=name)
 
 
 def test_the_saved_model_answers_as_before(run, config):
