@@ -138,7 +138,7 @@ def _calibration(run: Run) -> dict[str, Any]:
         "names": [name for name in _CALIBRATION_MEASURES if best[name] is not None],
         "best": best,
         "temperature": calibration.get("temperature"),
-        "unit": "tokens" if run.report.get("task") == "text-generation" else "rows",
+        "unit": "tokens" if "perplexity" in run.report["quality"]["mc"] else "rows",
         "charts": shown(figures.reliability_charts(run)),
     }
 

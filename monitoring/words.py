@@ -46,6 +46,7 @@ _TITLES = {
     "text-classification": "Text classification",
     "text-generation": "Text generation",
     "multimodal-classification": "Multimodal classification",
+    "image-text-to-text": "Images and text to text",
 }
 _MC_MEASURES = ("predictive_entropy", "expected_entropy", "mutual_information", "disagreement")
 _SHARES = ("accuracy", "top_5_accuracy", "f1", "confidence", "disagreement", "fpr95")

@@ -21,6 +21,7 @@ from pipeline.dropout.plan import Blueprint
 from pipeline.dropout.sites import ROLE_OF_ATTRIBUTE
 from pipeline.errors import ModelError
 from pipeline.modality.bundle import modality_of
+from pipeline.modality.weightless import without_value_checks
 from pipeline.model_config import auto_class, modelling_source, set_rates
 
 _LARGEST_CPU_TRACE = 1_500_000_000
@@ -165,6 +166,8 @@ def _skeleton(
                 f"{hf_config.model_type} cannot be built for {config.model.task}: {first_line}. "
                 "Check model.config_overrides, or choose another model."
             ) from error
+        if device == "meta":
+            without_value_checks(model)
         return with_adapter(config, model, rates)
 
 

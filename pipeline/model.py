@@ -61,7 +61,10 @@ def build_model(
     hf_config = _planned_config(config, label_names, plan, processor)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_key(config.seed, "init", 0, "weights", "model", 0) >> 1)
-        model = with_adapter(config, _load_weights(config, hf_config, plan), dict(plan.attributes))
+        base = _load_weights(config, hf_config, plan)
+        if (freeze := modality_of(config).freeze) is not None:
+            freeze(base)
+        model = with_adapter(config, base, dict(plan.attributes))
         add_learned_rates(model, plan.in_force(), config.dropout.concrete)
         return model
 

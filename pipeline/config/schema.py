@@ -25,6 +25,7 @@ from pipeline.config.roles import (
     Rate,
     Section,
 )
+from pipeline.config.task_problems import conversation_problems, memorisation_problems
 from pipeline.config.training import TrainConfig
 
 __all__ = ["ConcreteConfig", "DropoutConfig", "InsertConfig"]  # sections with files of their own
@@ -33,6 +34,7 @@ Task = Literal[
     "text-classification",
     "text-generation",
     "image-classification",
+    "image-text-to-text",
     "audio-classification",
     "multimodal-classification",
 ]
@@ -117,7 +119,7 @@ class DataSource(Section):
     label_column_name: str = "label"
     """Column with the label (classification)."""
     messages_column_name: str | None = None
-    """Column with conversations (text-generation): lists of `{role, content}`. Makes a row a sample; the loss is on assistant turns."""
+    """Column with conversations (text-generation, image-text-to-text): lists of `{role, content}`. Makes a row a sample; the loss is on assistant turns."""
     prompt_column_name: str | None = None
     """Column with prompts, instead of messages: lists of messages, or plain text; goes with completion_column_name."""
     completion_column_name: str | None = None
@@ -298,8 +300,8 @@ class RunConfig(Section):
             )
         if self.dropout.adapter is not None and self.peft is None:
             problems.append("dropout.adapter needs a peft section")
-        problems += _conversation_problems(self.model.task, self.data)
-        problems += _memorisation_problems(self)
+        problems += conversation_problems(self.model.task, self.data)
+        problems += memorisation_problems(self)
         if bool(self.dropout.domains) != (self.data.domain_column_name is not None):
             problems.append(
                 "dropout.domains and data.domain_column_name go together: give both or neither"
@@ -319,38 +321,4 @@ def _channel_pairs(config: RunConfig) -> list[str]:
     image = data.augmentation.image
     if channels and (image.mixup_alpha or image.cutmix_alpha):
         problems.append("data.augmentation.image mixes images and labels: not those of channels")
-    return problems
-
-
-def _conversation_problems(task: str, data: DataConfig) -> list[str]:
-    """Conversations are for text-generation, in all sets of a run or in none."""
-    problems = []
-    if data.is_conversation and task != "text-generation":
-        problems.append(f"data.messages_column_name and prompt_column_name: {task} reads none")
-    if data.chat_template is not None and not data.is_conversation:
-        problems.append("data.chat_template needs messages_column_name or prompt_column_name")
-    for name, source in data.ood.items():
-        if source.is_conversation != data.is_conversation:
-            problems.append(
-                f"data.ood.{name}: its rows are conversations if those of the run are; name its "
-                "messages_column_name, or prompt_column_name and completion_column_name"
-            )
-    return problems
-
-
-def _memorisation_problems(config: RunConfig) -> list[str]:
-    """Canaries and their probe are for text-generation, and fit in its samples."""
-    problems = []
-    canaries, probe = config.data.canaries, config.evaluation.memorisation
-    task, longest = config.model.task, config.data.max_length
-    if task != "text-generation" and canaries is not None:
-        problems.append(f"data.canaries: of text-generation, not {task}")
-    if task != "text-generation" and probe is not None:
-        problems.append(f"evaluation.memorisation: of text-generation, not {task}")
-    if canaries is not None and canaries.num_tokens > longest:
-        problems.append(f"data.canaries.num_tokens is above data.max_length ({longest})")
-    if probe is not None and probe.prompt_tokens + probe.k > longest:
-        problems.append(
-            f"evaluation.memorisation: prompt_tokens + k is above data.max_length ({longest})"
-        )
     return problems

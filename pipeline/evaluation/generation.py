@@ -159,7 +159,8 @@ class Generator:
         processors: LogitsProcessorList,
         **options: Any,
     ) -> Any:
-        bare, settings = bare_model(self.model), _settings(decoding, **options)
+        bare = bare_model(self.model)
+        settings = _settings(decoding, **_placeholders(bare), **options)
         # Whisper's own `generate` cuts clips into windows, but here a row is a sample. A learned
         # prompt is put before the rows by the adapter alone.
         run: Any = self.model.generate if _learns_prompt(self.model) else _generation_of(bare)
@@ -237,6 +238,14 @@ def _settings(decoding: Decoding, **options: Any) -> GenerationConfig:
         **endless,
         **options,
     )
+
+
+def _placeholders(bare: Any) -> dict[str, Any]:
+    """Tokens that stand for an image or a sound in a prompt are nothing that a model can say."""
+    names = (f"{signal}_token_id" for signal in ("image", "video", "audio"))
+    tokens = [one for name in names if isinstance(one := getattr(bare.config, name, None), int)]
+    own = bare.generation_config.suppress_tokens or []
+    return {"suppress_tokens": sorted({*own, *tokens})} if tokens else {}
 
 
 def _generation_of(bare: Any) -> Any:

@@ -188,7 +188,7 @@ def _prepared_again(table: pa.Table, config: RunConfig, scorer: _Scorer) -> "Dat
     from datasets import Dataset
 
     if "input_ids" in table.column_names:
-        made = ("text", "sample_id", "input_ids", "label_mask")
+        made = ("text", "sample_id", "input_ids", "label_mask", "image")
         by_tokens = table.select([name for name in made if name in table.column_names])
         return Dataset.from_dict(by_tokens.to_pydict())
     wanted = modality_of(config).inputs(config.data)

@@ -111,6 +111,8 @@ class Modality:
     """From the processor: what the user should know about how rows are prepared."""
     optional_inputs: Callable[[DataSource], tuple[str, ...]] = lambda source: ()
     """Columns that are read where rows have them, such as transcripts."""
+    freeze: Callable[[Any], None] | None = None
+    """Freeze what the task never reads of a model, before adapters come in."""
     prompt: Callable[[Mapping[str, Any], int], Prompt | None] | None = None
     """From a prepared row and a number of tokens (of plain text): where generation starts; None for
     a row in which nothing follows. No function: the task's models generate nothing."""
@@ -121,7 +123,7 @@ class Modality:
     channels: tuple[str, ...] = ()
     """Names of the channels of a row, in the model's order; none where a row has one input."""
     of_run: Callable[["Modality", RunConfig], "Modality"] = lambda modality, config: modality
-    """The bundle for one run, where what rows hold follows from the run's model."""
+    """The bundle for one run, where what rows hold follows from its configuration."""
 
 
 MODALITIES: dict[str, Modality] = {}
@@ -139,9 +141,14 @@ def register(modality: Modality) -> Modality:
 
 
 def modality_of(config: RunConfig) -> Modality:
-    """The bundle of a run: that of its task, or of conversations where its rows are such."""
-    found = MODALITIES[CONVERSATIONS if config.data.is_conversation else config.model.task]
+    """The bundle of a run: that of its task, as this configuration wants it."""
+    found = MODALITIES[config.model.task]
     return found.of_run(found, config)
+
+
+def of_rows(modality: Modality, config: RunConfig) -> Modality:
+    """The bundle of conversations where rows are such (`Modality.of_run` of text-generation)."""
+    return MODALITIES[CONVERSATIONS] if config.data.is_conversation else modality
 
 
 def chosen(num_samples: int, max_samples: int | None) -> list[int] | None:

@@ -1,6 +1,6 @@
 """Language: text-generation on conversations, a row each, with loss on what the assistant says."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -77,7 +77,7 @@ def prepare_conversations(
     Raises:
         ModelError: the tokenizer has no chat template, and rows are not plain text.
     """
-    if not _is_plain(rows, source):
+    if not is_plain(rows, source):
         require_template(processor)
     kept, numbers = kept_rows(rows, max_samples)
 
@@ -114,17 +114,39 @@ def _encoded(
     row: dict[str, Any], source: DataSource, tokenizer: Any, longest: int
 ) -> dict[str, Any]:
     try:
-        conversation = _conversation(row, source)
-        encode: Callable[..., Any] = (
-            tokens_of_text if isinstance(conversation, tuple) else tokens_of
-        )
-        given = conversation if isinstance(conversation, tuple) else (conversation,)
-        tokens, mask = encode(tokenizer, *given)
-        if not any(mask[1:longest]):
-            raise BadSample(_nothing_learned(mask, longest))
+        tokens, mask = written(conversation_of(row, source), tokenizer)
+        return cut(tokens, mask, longest)
     except BadSample as error:
-        return {"input_ids": [0], "label_mask": [0], FAULT: str(error)}
+        return refused(error)
+
+
+def written(
+    conversation: Conversation | tuple[str, str], tokenizer: Any
+) -> tuple[list[int], list[int]]:
+    """Tokens of a conversation, or of a prompt and its completion, and 1 for each that is learned.
+
+    Raises:
+        BadSample: the chat template refuses it.
+    """
+    if isinstance(conversation, tuple):
+        return tokens_of_text(tokenizer, *conversation)
+    return tokens_of(tokenizer, conversation)
+
+
+def cut(tokens: list[int], mask: list[int], longest: int) -> dict[str, Any]:
+    """The first tokens, as columns of a prepared row.
+
+    Raises:
+        BadSample: there is nothing to learn among them.
+    """
+    if not any(mask[1:longest]):
+        raise BadSample(_nothing_learned(mask, longest))
     return {"input_ids": tokens[:longest], "label_mask": mask[:longest], FAULT: ""}
+
+
+def refused(error: BadSample) -> dict[str, Any]:
+    """The columns of a row that `judge` sets aside."""
+    return {"input_ids": [0], "label_mask": [0], FAULT: str(error)}
 
 
 def _nothing_learned(mask: list[int], longest: int) -> str:
@@ -135,7 +157,7 @@ def _nothing_learned(mask: list[int], longest: int) -> str:
     )
 
 
-def _conversation(row: dict[str, Any], source: DataSource) -> Conversation | tuple[str, str]:
+def conversation_of(row: dict[str, Any], source: DataSource) -> Conversation | tuple[str, str]:
     """The row's conversation; a prompt and its completion where they are plain text."""
     tools = from_json(row[source.tools_column_name]) if source.tools_column_name else None
     tools = without_none(tools) or None
@@ -192,7 +214,7 @@ def _faults_of(messages: Any, column: str | None, needed: tuple[str, ...]) -> It
 # -- tokenizers of one's own ---------------------------------------------------------------------
 
 
-def _is_plain(rows: "Dataset", source: DataSource) -> bool:
+def is_plain(rows: "Dataset", source: DataSource) -> bool:
     """Whether no row is a list of messages."""
     column = source.prompt_column_name
     return column is not None and all(isinstance(value, str) for value in rows[column][:])
@@ -202,7 +224,7 @@ def _words(rows: "Dataset", source: DataSource) -> list[str]:
     """What is said in all rows."""
     texts: list[Any] = []
     for row in rows:
-        found = _conversation(row, source)
+        found = conversation_of(row, source)
         if isinstance(found, Conversation):
             texts += [message.get("content") for message in found.messages]
         else:
@@ -214,6 +236,7 @@ CHAT = register(
     replace(
         TEXT_GENERATION,
         task=CONVERSATIONS,
+        of_run=lambda modality, config: modality,
         one_sample_a_row=True,
         inputs=columns_of,
         load_processor=load_chat_tokenizer,

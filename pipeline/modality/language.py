@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pipeline.config.schema import DataSource, RunConfig
 from pipeline.errors import ModelError
-from pipeline.modality import losses
+from pipeline.modality import bundle, losses
 from pipeline.modality.bundle import LabelNames, Modality, kept_numbers, kept_rows, register
 from pipeline.modality.labels import label_names_of, label_numbers, label_problems, row_list
 from pipeline.modality.prompts import prompt_collator, text_prompt
@@ -386,6 +386,7 @@ TEXT_GENERATION = register(
         eval_sums=losses.causal_sums,
         eval_metrics=losses.causal_metrics,
         notes=generation_notes,
+        of_run=bundle.of_rows,
         prompt=text_prompt,
         prompt_collator=prompt_collator,
     )

@@ -62,7 +62,7 @@ def collator(
 
 
 def _collate(rows: list[dict[str, Any]], *, processor: Any, config: RunConfig) -> dict[str, Tensor]:
-    batch = {"pixel_values": _pixels(rows, processor, config), **scalars_of(rows)}
+    batch = {"pixel_values": pixels_of(rows, processor, config), **scalars_of(rows)}
     if "partner" in rows[0]:
         partners = [row["partner"] | {"mask_step": row["mask_step"]} for row in rows]
         other = _collate(partners, processor=processor, config=config)
@@ -71,7 +71,8 @@ def _collate(rows: list[dict[str, Any]], *, processor: Any, config: RunConfig) -
     return batch
 
 
-def _pixels(rows: list[dict[str, Any]], processor: Any, config: RunConfig) -> Tensor:
+def pixels_of(rows: list[dict[str, Any]], processor: Any, config: RunConfig) -> Tensor:
+    """`pixel_values` [B, C, H, W] of rows with their encoded `image`, float32."""
     mode = mode_of(processor)
     images = [decode_image(row[IMAGE], mode) for row in rows]
     if "mask_step" in rows[0]:

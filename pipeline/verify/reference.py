@@ -25,6 +25,7 @@ from pipeline.verify.compare import Record
 from pipeline.verify.probe import Probe
 
 INPUTS = "inputs"
+FILES, SIGNALS = {"image", "audio"}, ("pixel_values", "input_values", "input_features")
 NO_DECAY = ["bias", "layernorm", "rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
 
 
@@ -115,10 +116,12 @@ def divergence(views: list[Tensor], row: dict) -> Tensor:
 def with_inputs(row: dict, collate: Callable[[list[dict]], dict[str, Tensor]]) -> dict:
     """A row that is a file: what the model takes of it alone, which needs no padding.
 
-    Where it is mixed with a partner, `mixed_labels` (1, 3): own class, partner's, own share.
+    Of an image with text, what is made of the image; its tokens are there already. Where it is
+    mixed with a partner, `mixed_labels` (1, 3): own class, partner's, own share.
     """
     if "input_ids" in row:
-        return row
+        signals = FILES & row.keys() and collate([row])
+        return row | ({INPUTS: {n: signals[n] for n in SIGNALS if n in signals}} if signals else {})
     batch = collate([row])
     own = {name: row[name] for name in ("sample_id", "labels", "domain") if name in row}
     mixed = {"mixed_labels": batch["labels"]} if "partner" in row else {}
@@ -128,11 +131,12 @@ def with_inputs(row: dict, collate: Callable[[list[dict]], dict[str, Tensor]]) -
 
 def inputs_of(row: dict, device: torch.device) -> dict[str, Tensor]:
     """The model's arguments for one row, without padding."""
-    if INPUTS in row:
-        return {name: value.to(device) for name, value in row[INPUTS].items()}
+    made = {name: value.to(device) for name, value in row.get(INPUTS, {}).items()}
+    if "input_ids" not in row:
+        return made
     names = ("input_ids", "attention_mask", "token_type_ids")
     given = {name: torch.tensor([row[name]], device=device) for name in names if name in row}
-    return {"attention_mask": torch.ones_like(given["input_ids"]), **given}
+    return {"attention_mask": torch.ones_like(given["input_ids"]), **given, **made}
 
 
 def num_items(row: dict) -> int:

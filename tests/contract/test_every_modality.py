@@ -150,6 +150,26 @@ def multimodal_classification(folder: Path) -> dict[str, Any]:
     return {"model": {"channels": channels}, "data": data, "dropout": dropout}
 
 
+def image_text_to_text(folder: Path) -> dict[str, Any]:
+    def row(number: int, split: str) -> dict[str, Any]:
+        name, colour = (("red", (220, 20, 20)), ("blue", (20, 20, 220)))[number % 2]
+        file = io.BytesIO()
+        Picture.new("RGB", (16 + number % 3, 20), colour).save(file, "PNG")
+        asked = [{"type": "image", "text": None}, {"type": "text", "text": "which colour"}]
+        answer = [{"type": "text", "text": f"it is {name}" + " indeed" * (number % 3)}]
+        messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
+        return {"image": {"bytes": file.getvalue(), "path": None}, "messages": messages}
+
+    save(folder, row, image=Image(decode=False))
+    dropout = {"attention": 0.1, "insert": {"embedding": 0.2, "hidden": 0.2}}
+    data = {"messages_column_name": "messages", "max_length": 96}
+    return {
+        "model": {"model_name_or_path": str(folder / "llava")},
+        "data": data,
+        "dropout": dropout,
+    }
+
+
 CASES: dict[str, Callable[[Path], dict[str, Any]]] = {
     "text-classification": text_classification,
     "text-generation": text_generation,
@@ -157,6 +177,7 @@ CASES: dict[str, Callable[[Path], dict[str, Any]]] = {
     "image-classification": image_classification,
     "audio-classification": audio_classification,
     "multimodal-classification": multimodal_classification,
+    "image-text-to-text": image_text_to_text,
 }
 
 
@@ -223,8 +244,10 @@ class Opened:
 
 
 @pytest.fixture(scope="module", params=CASES)
-def config(request, tmp_path_factory) -> RunConfig:
-    return config_of(request.param, tmp_path_factory.mktemp(request.param))
+def config(request, tmp_path_factory, llava) -> RunConfig:
+    folder = tmp_path_factory.mktemp(request.param)
+    (folder / "llava").symlink_to(llava)
+    return config_of(request.param, folder)
 
 
 @pytest.fixture(scope="module")

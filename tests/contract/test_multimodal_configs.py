@@ -85,7 +85,8 @@ def shipped(name: str, folder: Path, tmp_path: Path) -> RunConfig:
 
 
 def test_every_shipped_configuration_is_tried_here():
-    assert {path.stem for path in FOLDER.glob("*.yaml")} == STAND_INS.keys()
+    elsewhere = {"llava"}  # test_image_text.py
+    assert {path.stem for path in FOLDER.glob("*.yaml")} - elsewhere == STAND_INS.keys()
 
 
 @pytest.mark.parametrize("name", STAND_INS)
