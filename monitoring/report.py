@@ -23,6 +23,7 @@ from pipeline.records import RunFolder, write_text
 NUM_UNCERTAIN_SAMPLES = 20
 _MAX_TEXT_CHARACTERS = 1500
 _PNG, _MAX_PICTURE_BYTES = b"\x89PNG\r\n\x1a\n", 32_768
+_OF_TOKENS = ("text-generation", "image-text-to-text")  # tasks whose predictions are tokens
 _CALIBRATION_MEASURES = ("ece", "ece_equal_mass", "brier", "nll")
 _UNCERTAINTY_ORDER = ("predictive_entropy", "mutual_information", "perplexity")
 
@@ -138,7 +139,7 @@ def _calibration(run: Run) -> dict[str, Any]:
         "names": [name for name in _CALIBRATION_MEASURES if best[name] is not None],
         "best": best,
         "temperature": calibration.get("temperature"),
-        "unit": "tokens" if "perplexity" in run.report["quality"]["mc"] else "rows",
+        "unit": "tokens" if run.report.get("task") in _OF_TOKENS else "rows",
         "charts": shown(figures.reliability_charts(run)),
     }
 
