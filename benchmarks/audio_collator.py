@@ -1,24 +1,22 @@
 """Clips a second of the collator, and what drawing by key costs, for two seconds at 16 kHz.
 
 Run: python benchmarks/audio_collator.py. Unkeyed: the same changes with numbers of numpy's
-generator. The two are timed alternately, by CPU time; the loader with workers by the wall.
+generator.
 """
 
 import io
-from statistics import median
+from contextlib import AbstractContextManager
 from typing import Any
 from unittest.mock import patch
 
 import numpy as np
 import soundfile
-from _timing import cpu_seconds, wall_seconds
-from torch.utils.data import DataLoader
+from _collating import NUM_ROWS, compare
 
 from pipeline.config.schema import RunConfig
-from pipeline.modality import MODALITIES, audio_augmentation
+from pipeline.modality import audio_augmentation
 
-NUM_ROWS, BATCH_SIZE, NUM_REPEATS, RATE = 256, 32, 7, 16_000
-TASK = MODALITIES["audio-classification"]
+RATE = 16_000
 CONFIG = RunConfig(
     name="benchmark",
     model={"task": "audio-classification", "model_type": "wav2vec2", "sampling_rate": RATE},
@@ -39,43 +37,15 @@ def clips() -> list[dict[str, Any]]:
     return rows
 
 
-def main() -> None:
-    rows = clips()
-    collate = TASK.collator(TASK.load_processor(CONFIG), CONFIG)
-    batches = [rows[start : start + BATCH_SIZE] for start in range(0, NUM_ROWS, BATCH_SIZE)]
-    generator = np.random.default_rng(1)
+def unkeyed_draws(generator: np.random.Generator) -> AbstractContextManager[Any]:
+    def draw(seed: int, step: int, name: str, ids: list[int], count: int) -> Any:
+        return generator.random((len(ids), count))
 
-    def keyed() -> None:
-        for batch in batches:
-            collate(batch)
+    def noise(seed: int, step: int, name: str, sample_id: int, count: int) -> Any:
+        return generator.standard_normal(count, dtype=np.float32)
 
-    def unkeyed() -> None:
-        def draw(seed: int, step: int, name: str, ids: list[int], count: int) -> Any:
-            return generator.random((len(ids), count))
-
-        def noise(seed: int, step: int, name: str, sample_id: int, count: int) -> Any:
-            return generator.standard_normal(count, dtype=np.float32)
-
-        with (
-            patch.object(audio_augmentation, "uniform", draw),
-            patch.object(audio_augmentation, "normal", noise),
-        ):
-            keyed()
-
-    def loaded(workers: int) -> float:
-        loader = DataLoader(rows, BATCH_SIZE, collate_fn=collate, num_workers=workers)  # type: ignore[arg-type]
-        return wall_seconds(lambda: list(loader))
-
-    keyed()
-    pairs = [(cpu_seconds(keyed), cpu_seconds(unkeyed)) for _ in range(NUM_REPEATS)]
-    ours, theirs = (median(column) for column in zip(*pairs, strict=True))
-    ratio = median(a / b for a, b in pairs)
-    print(f"keyed    {NUM_ROWS / ours:8.0f} clips a CPU second")
-    print(f"unkeyed  {NUM_ROWS / theirs:8.0f} clips a CPU second   keyed takes {ratio:.2f}x")
-    for workers in (0, 2):
-        seconds = median(loaded(workers) for _ in range(3))
-        print(f"{workers} workers{NUM_ROWS / seconds:8.0f} clips a second by the wall")
+    return patch.multiple(audio_augmentation, uniform=draw, normal=noise)
 
 
 if __name__ == "__main__":
-    main()
+    compare(CONFIG, clips(), unkeyed_draws, "clips")

@@ -1,24 +1,21 @@
 """Images a second of the collator, and what drawing by key costs, at 224 x 224 from 256 x 256 JPEG.
 
 Run: python benchmarks/image_collator.py. Unkeyed: the same transforms with numbers of numpy's
-generator. The two are timed alternately, by CPU time; the loader with workers by the wall.
+generator.
 """
 
 import io
-from statistics import median
+from contextlib import AbstractContextManager
 from typing import Any
 from unittest.mock import patch
 
 import numpy as np
-from _timing import cpu_seconds, wall_seconds
+from _collating import NUM_ROWS, compare
 from PIL import Image
-from torch.utils.data import DataLoader
 
 from pipeline.config.schema import RunConfig
-from pipeline.modality import MODALITIES, image_augmentation
+from pipeline.modality import image_augmentation
 
-NUM_ROWS, BATCH_SIZE, NUM_REPEATS = 256, 32, 7
-TASK = MODALITIES["image-classification"]
 CONFIG = RunConfig(
     name="benchmark",
     model={
@@ -50,37 +47,12 @@ def photographs() -> list[dict[str, Any]]:
     return rows
 
 
-def main() -> None:
-    rows = photographs()
-    collate = TASK.collator(TASK.load_processor(CONFIG), CONFIG)
-    batches = [rows[start : start + BATCH_SIZE] for start in range(0, NUM_ROWS, BATCH_SIZE)]
-    generator = np.random.default_rng(1)
+def unkeyed_draws(generator: np.random.Generator) -> AbstractContextManager[Any]:
+    def draw(seed: int, step: int, name: str, ids: list[int], count: int) -> Any:
+        return generator.random((len(ids), count))
 
-    def keyed() -> None:
-        for batch in batches:
-            collate(batch)
-
-    def unkeyed() -> None:
-        def draw(seed: int, step: int, name: str, ids: list[int], count: int) -> Any:
-            return generator.random((len(ids), count))
-
-        with patch.object(image_augmentation, "uniform", draw):
-            keyed()
-
-    def loaded(workers: int) -> float:
-        loader = DataLoader(rows, BATCH_SIZE, collate_fn=collate, num_workers=workers)  # type: ignore[arg-type]
-        return wall_seconds(lambda: list(loader))
-
-    keyed()
-    pairs = [(cpu_seconds(keyed), cpu_seconds(unkeyed)) for _ in range(NUM_REPEATS)]
-    ours, theirs = (median(column) for column in zip(*pairs, strict=True))
-    ratio = median(a / b for a, b in pairs)
-    print(f"keyed    {NUM_ROWS / ours:8.0f} images a CPU second")
-    print(f"unkeyed  {NUM_ROWS / theirs:8.0f} images a CPU second   keyed takes {ratio:.2f}x")
-    for workers in (0, 2):
-        seconds = median(loaded(workers) for _ in range(3))
-        print(f"{workers} workers{NUM_ROWS / seconds:8.0f} images a second by the wall")
+    return patch.object(image_augmentation, "uniform", draw)
 
 
 if __name__ == "__main__":
-    main()
+    compare(CONFIG, photographs(), unkeyed_draws, "images")
