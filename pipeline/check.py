@@ -65,22 +65,15 @@ def _processor_notes(config: RunConfig, raw: RawData | None) -> list[str]:
 
     Conversations are written by the chat template, which may refuse them.
     """
-    if config.data.is_conversation and raw is not None:
-        processor = modality_of(config).load_processor(config, raw.train)
-        modality_of(config).fit(model_config(config, None), processor, config)
-        found = prepare_data(config, raw, processor).notes
-        return [note for note in found if note not in raw.notes]
-    if config.model.channels and raw is not None:
-        processor = modality_of(config).load_processor(config, raw.train)
-        modality_of(config).fit(model_config(config, None), processor, config)
-        return modality_of(config).notes(processor)
-    if config.model.model_name_or_path is None and config.model.tokenizer_name_or_path is None:
+    model, modality = config.model, modality_of(config)
+    seen = raw if config.data.is_conversation or model.channels else None
+    if seen is None and model.model_name_or_path is None and model.tokenizer_name_or_path is None:
         return []
-    modality = modality_of(config)
-    processor = modality.load_processor(config, None)
-    notes = modality.notes(processor)
+    processor = modality.load_processor(config, None if seen is None else seen.train)
     modality.fit(model_config(config, None), processor, config)
-    return notes
+    if seen is None or not config.data.is_conversation:
+        return modality.notes(processor)
+    return [note for note in prepare_data(config, seen, processor).notes if note not in seen.notes]
 
 
 def _packing_notes(config: RunConfig, planned: DropoutPlan) -> list[str]:

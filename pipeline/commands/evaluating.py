@@ -58,7 +58,9 @@ def export(
 
 
 def quickstart(
-    modality: Annotated[str, typer.Option(help="language, speech or vision.")] = "language",
+    modality: Annotated[
+        str, typer.Option(help="language, speech, vision or multimodal.")
+    ] = "language",
 ) -> None:
     """The whole flow on real data found on any machine: offline, CPU, a few minutes."""
     from monitoring.profile import save_profile

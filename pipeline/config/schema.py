@@ -16,7 +16,7 @@ from pipeline.config.channels import (
     rate_problems,
     with_column_names,
 )
-from pipeline.config.dropout import ConcreteConfig, DropoutConfig, InsertConfig
+from pipeline.config.dropout import DropoutConfig
 from pipeline.config.generation import SequenceConfig
 from pipeline.config.monitoring import MonitoringConfig
 from pipeline.config.roles import (
@@ -27,8 +27,6 @@ from pipeline.config.roles import (
 )
 from pipeline.config.task_problems import conversation_problems, memorisation_problems
 from pipeline.config.training import TrainConfig
-
-__all__ = ["ConcreteConfig", "DropoutConfig", "InsertConfig"]  # sections with files of their own
 
 Task = Literal[
     "text-classification",

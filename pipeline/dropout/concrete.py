@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from pipeline.config.schema import ConcreteConfig
+from pipeline.config.dropout import ConcreteConfig
 from pipeline.dropout.doors import site_names
 from pipeline.dropout.philox import NUM_LANES, lanes, philox_words
 from pipeline.dropout.sites import Site

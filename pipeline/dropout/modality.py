@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
-from pipeline.config.schema import DropoutConfig
+from pipeline.config.dropout import DropoutConfig
 from pipeline.dropout.doors import Draw
 from pipeline.dropout.sites import MODALITY, Site
 

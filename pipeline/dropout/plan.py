@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from pipeline.config.schema import DropoutConfig
+from pipeline.config.dropout import DropoutConfig
 from pipeline.dropout import doors
 from pipeline.dropout.attention import KEYED, uses_interface
 from pipeline.dropout.audit import Leak

@@ -8,8 +8,8 @@ import fnmatch
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
+from pipeline.config.dropout import DropoutConfig
 from pipeline.config.roles import RoleDropout
-from pipeline.config.schema import DropoutConfig
 from pipeline.dropout.audit import Leak
 from pipeline.dropout.doors import INSERTED
 from pipeline.dropout.layer_drop import LAYER

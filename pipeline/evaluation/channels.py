@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.special import softmax
 from torch import Tensor
 
 from pipeline import parallel
@@ -97,7 +98,7 @@ def channel_section(
     whole = _outcomes(probabilities, labels)
     removed = {}
     for name, logits in without.items():
-        own = _softmax(logits)
+        own = softmax(logits, axis=1)
         part = _outcomes(own, labels)
         removed[name] = _quality(own, labels, config, seed) | {
             "change": {
@@ -155,8 +156,3 @@ def _change(
         confidence_level=config.confidence_level,
     )
     return {"estimate": found.estimate, "interval": [found.lower, found.upper]}
-
-
-def _softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
-    exponents = np.exp(logits - logits.max(axis=1, keepdims=True))
-    return exponents / exponents.sum(axis=1, keepdims=True)

@@ -68,9 +68,7 @@ class SequenceJudge:
         """
         prompts = self._prompts(test)
         size = self.config.evaluation.batch_size
-        by_length = sorted(
-            prompts, key=lambda one: (len(one.row.get("input_ids", ())), one.row["sample_id"])
-        )
+        by_length = sorted(prompts, key=_length_and_id)
         batches = [by_length[start : start + size] for start in range(0, len(by_length), size)]
         # Whole batches, not rows, are shared out: each has the shape that one process would run.
         mine = batches[parallel.rank() :: parallel.world_size()]

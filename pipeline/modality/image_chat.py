@@ -97,7 +97,8 @@ class _Writer:
             tokens, mask = chat.written(self._conversation(row), tokenizer)
             tokens, mask = _with_start(tokenizer, tokens, mask)
             text = tokenizer.decode(tokens)
-            return {"text": text, **self._cut(*self._with_image(tokens, mask, size))}
+            tokens, mask = self._with_image(tokens, mask, size)
+            return {"text": text, **chat.cut(tokens, mask, self.longest)}
         except BadSample as error:
             return {"text": "", **chat.refused(error)}
 
@@ -139,9 +140,6 @@ class _Writer:
             [*tokens[:at], *image, *tokens[at + 1 :]],
             [*mask[:at], *[0] * len(image), *mask[at + 1 :]],
         )
-
-    def _cut(self, tokens: list[int], mask: list[int]) -> dict[str, Any]:
-        return chat.cut(tokens, mask, self.longest)
 
 
 def _parts(content: Any) -> list[dict[str, Any]]:

@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.config.schema import DropoutConfig, RunConfig
+from pipeline.config.dropout import DropoutConfig
+from pipeline.config.schema import RunConfig
 from pipeline.dropout.context import KeyedDropout
 from pipeline.dropout.key import derive_key
 from pipeline.dropout.philox import philox4x32_10

@@ -17,7 +17,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from pipeline.config.schema import DropoutConfig
+from pipeline.config.dropout import DropoutConfig
 from pipeline.dropout.context import KeyedDropout
 from pipeline.dropout.key import derive_key
 from pipeline.dropout.lookup import mask_of_run

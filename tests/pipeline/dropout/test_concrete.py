@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.config.schema import ConcreteConfig
+from pipeline.config.dropout import ConcreteConfig
 from pipeline.dropout.concrete import LearnedRates, learned_rates_of
 from pipeline.dropout.key import derive_key
 from pipeline.dropout.lookup import mask_of_run

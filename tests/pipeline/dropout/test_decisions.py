@@ -6,7 +6,7 @@ import torch
 import transformers
 from torch import nn
 
-from pipeline.config.schema import DropoutConfig
+from pipeline.config.dropout import DropoutConfig
 from pipeline.dropout.audit import audited
 from pipeline.dropout.context import KeyedDropout
 from pipeline.dropout.decisions import drop_paths, dropped, dropped_steps

@@ -8,7 +8,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from pipeline.config.schema import DropoutConfig
+from pipeline.config.dropout import DropoutConfig
 from pipeline.dropout.context import KeyedDropout
 from pipeline.dropout.jitter import open_jitter
 from pipeline.dropout.key import derive_key

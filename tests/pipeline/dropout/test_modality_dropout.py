@@ -6,7 +6,7 @@ import torch
 from scipy import stats
 from torch import nn
 
-from pipeline.config.schema import DropoutConfig
+from pipeline.config.dropout import DropoutConfig
 from pipeline.dropout.context import KeyedDropout
 from pipeline.dropout.decisions import masked_channels
 from pipeline.dropout.key import derive_key, signed

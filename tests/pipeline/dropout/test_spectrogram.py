@@ -6,7 +6,7 @@ import torch
 import transformers
 from transformers.models.wav2vec2 import modeling_wav2vec2
 
-from pipeline.config.schema import DropoutConfig
+from pipeline.config.dropout import DropoutConfig
 from pipeline.dropout.audit import audited
 from pipeline.dropout.context import KeyedDropout
 from pipeline.dropout.plan import Blueprint, make_plan

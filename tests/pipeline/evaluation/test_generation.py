@@ -8,7 +8,7 @@ import torch
 import transformers
 from scipy.stats import chisquare
 
-from pipeline.config.schema import DropoutConfig
+from pipeline.config.dropout import DropoutConfig
 from pipeline.dropout import positions
 from pipeline.dropout.context import KeyedDropout
 from pipeline.dropout.key import derive_key
